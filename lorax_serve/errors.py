@@ -1,0 +1,101 @@
+"""Every error that this project raises on purpose, in one tree.
+
+::
+
+    LoraxError
+    ├── InvalidRequest          a field of a request or a flag is wrong
+    ├── AdapterRejected         adapter files that cannot be applied exactly as PEFT would
+    ├── AdapterNotFound         no adapter of that name is loaded
+    ├── AdapterConflict         the adapter's state does not allow the operation
+    ├── ModelUnsupported        a base model that cannot be found, read or run exactly
+    ├── TrainingError           training data or settings that cannot work
+    ├── Overloaded              a limit on waiting requests or memory is reached
+    ├── Draining                the server is shutting down
+    └── EngineFailed            the engine's process failed or has died
+
+``lorax_serve.server.status`` maps them to gRPC codes. Nothing here imports anything else.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+__all__ = [
+    "AdapterConflict",
+    "AdapterNotFound",
+    "AdapterRejected",
+    "Draining",
+    "EngineFailed",
+    "InvalidRequest",
+    "LoraxError",
+    "ModelUnsupported",
+    "Overloaded",
+    "RejectReason",
+    "TrainingError",
+]
+
+
+class LoraxError(Exception):
+    """Base of all errors raised on purpose. The message says what to do, and is safe to show."""
+
+
+class InvalidRequest(LoraxError):
+    """A request's field is out of range or contradicts another; the message names the field."""
+
+
+class RejectReason(StrEnum):
+    """Why an adapter was refused: a closed set, used as a metric label."""
+
+    MISSING_FILE = "missing_file"
+    BAD_CONFIG = "bad_config"
+    BAD_FILE = "bad_file"
+    UNSUPPORTED = "unsupported"
+    NO_MATCH = "no_match"
+    UNEXPECTED_TENSOR = "unexpected_tensor"
+    MISSING_TENSOR = "missing_tensor"
+    SHAPE_MISMATCH = "shape_mismatch"
+    RANK_MISMATCH = "rank_mismatch"
+    NOT_FINITE = "not_finite"
+
+
+class AdapterRejected(LoraxError):
+    """An adapter that cannot be applied exactly; nothing of it was loaded.
+
+    Attributes:
+        reason: the class of the defect, for metrics and for callers that branch on it.
+    """
+
+    def __init__(self, reason: RejectReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[AdapterRejected], tuple[RejectReason, str]]:
+        return type(self), (self.reason, str(self))
+
+
+class AdapterNotFound(LoraxError):
+    """A request names an adapter that is not loaded."""
+
+
+class AdapterConflict(LoraxError):
+    """The adapter is loading, unloading or otherwise not in a state for this operation."""
+
+
+class ModelUnsupported(LoraxError):
+    """The base model cannot be found, or cannot be run exactly as transformers runs it."""
+
+
+class TrainingError(LoraxError):
+    """Training data or settings that cannot work; the message names the row, flag or tensor."""
+
+
+class Overloaded(LoraxError):
+    """A configured limit (waiting requests, adapter memory) is reached; try again later."""
+
+
+class Draining(LoraxError):
+    """The server is shutting down and takes no new work."""
+
+
+class EngineFailed(LoraxError):
+    """The engine failed on this request's step, or its process has died."""
