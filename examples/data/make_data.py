@@ -417,11 +417,11 @@ def phrase(day: datetime.date, rng: random.Random) -> str:
 
 
 def date_rows(rng: random.Random, days: list[datetime.date], notes: list[str]) -> list[Row]:
-    """Notes that mention a day, and that day as YYYY-MM-DD."""
+    """Notes that mention a day, and that day as YYYYMMDD."""
     rows: list[Row] = []
     for index, day in enumerate(days):
         note = notes[index % len(notes)].format(phrase(day, rng))
-        rows.append({"prompt": f"Note: {note}\nDate:", "completion": f" {day.isoformat()}"})
+        rows.append({"prompt": f"Note: {note}\nDate:", "completion": f" {day:%Y%m%d}"})
     return rows
 
 

@@ -1,0 +1,84 @@
+"""Settings of the engine and the server: frozen, composed, each field described."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorax_serve.errors import InvalidRequest
+
+__all__ = ["DTYPES", "EngineConfig", "ServerConfig"]
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The engine's process: one model on one device.
+
+    Raises:
+        InvalidRequest: naming the flag that is out of range.
+    """
+
+    model: str = "smollm2-135m"
+    """The embedded model, a local directory, a Hub id, or a .gguf file."""
+    device: str = "cpu"
+    """A torch device: cpu, cuda, cuda:1."""
+    dtype: str = "auto"
+    """Compute type; auto is bfloat16."""
+    max_batch_size: int = 32
+    """Sequences that run at once; each has its own row of the KV cache."""
+    max_batch_tokens: int = 256
+    """Prompt tokens computed in one step beside the running sequences' tokens; longer prompts are
+    split over steps, so that they do not stall the others."""
+    max_sequence_length: int | None = None
+    """Prompt and generated tokens of one sequence; default: the model's own limit, at most 4096."""
+    adapter_slots: int = 16
+    """Distinct adapters in one batch, and on the device."""
+    max_adapter_bytes: int = 4 << 30
+    """Host memory for loaded adapters; a load beyond it is refused."""
+    max_waiting: int = 1024
+    """Requests that wait for a place in the batch; more are refused as overload."""
+    threads: int | None = None
+    """CPU threads of the engine's process; default: the cores it may use."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1,
+            max_batch_size=self.max_batch_size,
+            max_batch_tokens=self.max_batch_tokens,
+            max_sequence_length=self.max_sequence_length,
+            adapter_slots=self.adapter_slots,
+            threads=self.threads,
+        )
+        _at_least(0, max_waiting=self.max_waiting, max_adapter_bytes=self.max_adapter_bytes)
+        if self.dtype not in DTYPES:
+            raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The server's process: gRPC, metrics, and the adapters it starts with."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    host: str = "0.0.0.0"
+    port: int = 50051
+    """gRPC port; 0 takes a free one."""
+    metrics_port: int | None = 9090
+    """HTTP port of /metrics; 0 takes a free one, None serves no metrics."""
+    adapters: Path | None = None
+    """Directory whose subdirectories are adapters, all loaded at the start under their names.
+    LoadAdapter reads from inside it only."""
+    drain_seconds: float = 30.0
+    """How long running requests may go on after SIGTERM."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, port=self.port, metrics_port=self.metrics_port)
+        if self.drain_seconds < 0:
+            raise InvalidRequest(f"drain_seconds must be 0 or more, found {self.drain_seconds}")
+
+
+def _at_least(least: int, **settings: int | None) -> None:
+    for name, value in settings.items():
+        if value is not None and value < least:
+            raise InvalidRequest(f"{name} must be at least {least}, found {value}")

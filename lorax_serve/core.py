@@ -1,0 +1,261 @@
+"""The nouns that every layer shares. Plain data: no torch, no asyncio, no protobuf."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from lorax_serve.errors import InvalidRequest
+
+__all__ = [
+    "BASE",
+    "AdapterInfo",
+    "Batch",
+    "ChatMessage",
+    "EngineStats",
+    "GenerateRequest",
+    "ModelInfo",
+    "SamplingParams",
+    "Sequence",
+    "StopParams",
+    "StopReason",
+    "TokenOutput",
+]
+
+BASE = -1
+"""The slot of rows without an adapter: the base model is not an adapter and takes no slot."""
+
+MAX_LOGPROBS = 20
+MAX_STOP_SEQUENCES = 16
+MAX_STOP_LENGTH = 256
+_SEEDS = 1 << 64
+
+
+def _check(ok: bool, field_name: str, need: str, value: object) -> None:
+    if not ok:
+        raise InvalidRequest(f"{field_name} must be {need}, found {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How a token is drawn from the logits. Filters apply in the order of the fields.
+
+    Raises:
+        InvalidRequest: naming the first field that is out of range.
+    """
+
+    repetition_penalty: float = 1.0
+    """Logits of tokens already seen (prompt included) are divided by this if positive, else
+    multiplied (arXiv:1909.05858). In [0.01, 100]; 1 switches it off."""
+    temperature: float = 0.0
+    """Logits are divided by it. 0 is greedy; at most 100."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most probable tokens whose mass reaches it (arXiv:1904.09751).
+    In (0, 1]."""
+    seed: int = 0
+    """The whole source of randomness of a request: same seed, same draws. In [0, 2**64)."""
+    logprobs: int | None = None
+    """None: no log-probabilities. n: those of the chosen token and of the n most probable ones,
+    under the model's own distribution (before penalty, temperature and filters)."""
+
+    def __post_init__(self) -> None:
+        penalty, temperature = self.repetition_penalty, self.temperature
+        _check(0.01 <= penalty <= 100, "repetition_penalty", "in [0.01, 100]", penalty)
+        _check(0 <= temperature <= 100, "temperature", "in [0, 100] (0 is greedy)", temperature)
+        # A denormal temperature would overflow the scaled logits.
+        _check(temperature == 0 or temperature >= 1e-3, "temperature", "0 or >= 0.001", temperature)
+        _check(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
+        _check(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
+        _check(0 <= self.seed < _SEEDS, "seed", "in [0, 2**64)", self.seed)
+        n = self.logprobs
+        _check(n is None or 0 <= n <= MAX_LOGPROBS, "logprobs", f"in [0, {MAX_LOGPROBS}]", n)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken, without a draw."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class StopParams:
+    """When a sequence ends.
+
+    Raises:
+        InvalidRequest: naming the first field that is out of range.
+    """
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    """EOS cannot be drawn, and stop sequences do not match, before this many tokens."""
+    stop_sequences: tuple[str, ...] = ()
+    include_stop_sequence: bool = False
+    """Whether the text that is returned ends with the stop sequence that matched."""
+    ignore_eos: bool = False
+    """Go on past EOS; for benchmarks."""
+
+    def __post_init__(self) -> None:
+        most, least = self.max_new_tokens, self.min_new_tokens
+        _check(most >= 1, "max_new_tokens", "at least 1", most)
+        _check(0 <= least <= most, "min_new_tokens", "in [0, max_new_tokens]", least)
+        stops = self.stop_sequences
+        at_most = f"at most {MAX_STOP_SEQUENCES} strings"
+        _check(len(stops) <= MAX_STOP_SEQUENCES, "stop_sequences", at_most, len(stops))
+        for stop in stops:
+            need = f"strings of 1 to {MAX_STOP_LENGTH} characters"
+            _check(0 < len(stop) <= MAX_STOP_LENGTH, "stop_sequences", need, stop[:40])
+
+
+class ChatMessage(NamedTuple):
+    """One message of a chat prompt, rendered by the model's chat template."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """A validated request for text.
+
+    Attributes:
+        prompt: text, token ids, or chat messages.
+        adapter_id: the adapter's name; None is the base model.
+    """
+
+    prompt: str | tuple[int, ...] | tuple[ChatMessage, ...]
+    adapter_id: str | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: StopParams = field(default_factory=StopParams)
+
+
+class StopReason(Enum):
+    """Why a sequence ended. Names and meanings as in TGIS."""
+
+    NOT_FINISHED = 0
+    MAX_TOKENS = 1
+    """max_new_tokens was reached."""
+    EOS_TOKEN = 2
+    CANCELLED = 3
+    """The client cancelled, went away, or its deadline passed."""
+    STOP_SEQUENCE = 4
+    TOKEN_LIMIT = 5
+    """The server's maximum sequence length was reached."""
+    ERROR = 6
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One step's result for one request. The last one has a ``stop_reason``.
+
+    A token that ends a sequence (EOS) is reported too. ``token_id`` is None only with ERROR.
+    """
+
+    request_id: int
+    token_id: int | None
+    stop_reason: StopReason = StopReason.NOT_FINISHED
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request as the engine knows it: token ids and numbers.
+
+    Attributes:
+        tokens: the prompt, then what was generated.
+        adapter: the adapter's version (the load's sequence number); None is the base model.
+        computed: how many of ``tokens`` have their keys and values in the cache.
+        kv_slot: its row of the KV cache, -1 while it waits.
+        adapter_slot: its adapter's slot on the device, ``BASE`` without adapter or while it waits.
+    """
+
+    request_id: int
+    tokens: list[int]
+    prompt_length: int
+    adapter: int | None
+    sampling: SamplingParams
+    max_new_tokens: int
+    min_new_tokens: int
+    eos_token_ids: frozenset[int]
+    computed: int = 0
+    kv_slot: int = -1
+    adapter_slot: int = BASE
+    skipped: int = 0
+
+    @property
+    def generated(self) -> int:
+        """Number of generated tokens."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Number of tokens that the next step could compute: 1 when decoding."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's work: one token for each of ``decodes``, a chunk for each of ``prefills``."""
+
+    decodes: list[Sequence] = field(default_factory=list)
+    prefills: list[tuple[Sequence, int]] = field(default_factory=list)
+    """A sequence, and how many of its tokens to compute now, from ``computed`` on."""
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.prefills)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All sequences of the step."""
+        return self.decodes + [sequence for sequence, _ in self.prefills]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the engine reports of its base model when it is ready."""
+
+    model: str
+    directory: str
+    dtype: str
+    device: str
+    vocab_size: int
+    max_sequence_length: int
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """What the engine reports of an adapter that it has loaded.
+
+    Attributes:
+        digest: SHA-256 of the adapter's files.
+        max_rank: the largest rank of any module.
+        num_modules: how many modules it changes.
+        nbytes: bytes that it takes in host memory.
+    """
+
+    digest: str
+    max_rank: int
+    num_modules: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine's gauges after a step."""
+
+    waiting: int = 0
+    running: int = 0
+    batch_tokens: int = 0
+    """Tokens computed by this step; 0 if there was none."""
+    kv_tokens: int = 0
+    kv_capacity: int = 0
+    adapters_host: int = 0
+    adapters_device: int = 0
+    adapter_bytes: int = 0
+    step_seconds: float = math.nan

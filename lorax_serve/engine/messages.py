@@ -1,0 +1,111 @@
+"""What the server's process and the engine's process say to each other.
+
+Pickled lists of commands go down, one ``StepReport`` a step comes up. The two ends are parent and
+child of one program, so pickle is safe here, and only here.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+
+from lorax_serve.core import AdapterInfo, EngineStats, ModelInfo, SamplingParams, TokenOutput
+from lorax_serve.errors import LoraxError
+
+__all__ = [
+    "HEADER_BYTES",
+    "Abort",
+    "CheckIntegrity",
+    "Command",
+    "DropAdapter",
+    "LoadAdapter",
+    "Reply",
+    "StepReport",
+    "Stop",
+    "Submit",
+    "decode",
+    "encode",
+]
+
+HEADER_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Start a request. Its outputs come as ``TokenOutput`` in the step reports."""
+
+    request_id: int
+    tokens: tuple[int, ...]
+    adapter: int | None
+    sampling: SamplingParams
+    max_new_tokens: int
+    min_new_tokens: int
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Forget a request before the next step; nothing more is reported of it."""
+
+    request_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Read an adapter into host memory. Replied with ``AdapterInfo`` or the refusal."""
+
+    call_id: int
+    version: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropAdapter:
+    """Free an adapter that no request uses. Replied with the bytes freed."""
+
+    call_id: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckIntegrity:
+    """Check all accounting. Replied with a tuple of problems, empty if there is none."""
+
+    call_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Leave the step loop."""
+
+
+Command = Submit | Abort | LoadAdapter | DropAdapter | CheckIntegrity | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to a command with a ``call_id``: a value, or an error to raise."""
+
+    call_id: int
+    value: AdapterInfo | ModelInfo | int | tuple[str, ...] | None = None
+    error: LoraxError | None = None
+
+
+@dataclass(slots=True)
+class StepReport:
+    """Everything that happened since the last report."""
+
+    tokens: list[TokenOutput] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
+    stats: EngineStats = field(default_factory=EngineStats)
+
+
+def encode(message: object) -> bytes:
+    """A frame: the body's length in ``HEADER_BYTES`` bytes, then the pickled body."""
+    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return len(body).to_bytes(HEADER_BYTES, "little") + body
+
+
+def decode(body: bytes) -> object:
+    """The message of a frame's body."""
+    return pickle.loads(body)
