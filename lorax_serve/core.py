@@ -226,6 +226,7 @@ class ModelInfo:
     max_sequence_length: int
     eos_token_ids: tuple[int, ...]
     num_parameters: int
+    kv_cache_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

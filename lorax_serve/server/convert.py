@@ -1,0 +1,133 @@
+"""Between protobuf messages and the engine's nouns. Errors name the message's field.
+
+Defaults are those of ``SamplingParams`` and ``StopParams``: only fields that are present are set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lorax_serve.core import (
+    ChatMessage,
+    GenerateRequest,
+    SamplingParams,
+    StopParams,
+    TokenOutput,
+)
+from lorax_serve.errors import InvalidRequest
+from lorax_serve.frontend.registry import Adapter, AdapterState
+from lorax_serve.frontend.text import Tokenizer
+from lorax_serve.pb.lorax.v1 import adapter_pb2, generation_pb2
+
+__all__ = ["adapter_message", "generate_request", "prompt_of", "token_messages"]
+
+_MAX_NAME = 128
+
+_STATES = {
+    AdapterState.READY: adapter_pb2.ADAPTER_STATE_READY,
+    AdapterState.DRAINING: adapter_pb2.ADAPTER_STATE_DRAINING,
+}
+
+
+def generate_request(message: Any) -> GenerateRequest:
+    """The request that a ``GenerateRequest`` or ``GenerateStreamRequest`` message means.
+
+    Raises:
+        InvalidRequest: naming the field that is missing or out of range.
+    """
+    parameters = message.parameters
+    sampling = _given(parameters.sampling, "temperature", "top_k", "top_p", "seed")
+    if "temperature" not in sampling and ("top_k" in sampling or "top_p" in sampling):
+        sampling["temperature"] = 1.0
+    sampling |= _given(parameters.decoding, "repetition_penalty")
+    sampling |= _given(parameters.response, "logprobs")
+    stopping = _given(
+        parameters.stopping,
+        "max_new_tokens",
+        "min_new_tokens",
+        "include_stop_sequence",
+        "ignore_eos",
+    )
+    return GenerateRequest(
+        prompt=prompt_of(message),
+        adapter_id=_adapter_id(message),
+        sampling=SamplingParams(**sampling),
+        stop=StopParams(stop_sequences=tuple(parameters.stopping.stop_sequences), **stopping),
+    )
+
+
+def prompt_of(message: Any) -> str | tuple[int, ...] | tuple[ChatMessage, ...]:
+    """The prompt of any message that has one.
+
+    Raises:
+        InvalidRequest: there is none, or it is empty.
+    """
+    kind = message.WhichOneof("prompt")
+    if kind == "text":
+        text: str = message.text
+        return text
+    if kind == "token_ids":
+        if not message.token_ids.ids:
+            raise InvalidRequest("token_ids.ids is empty: give at least one token")
+        return tuple(message.token_ids.ids)
+    if kind == "chat":
+        messages = tuple(ChatMessage(each.role, each.content) for each in message.chat.messages)
+        if not messages:
+            raise InvalidRequest("chat.messages is empty: give at least one message")
+        if not all(each.role for each in messages):
+            raise InvalidRequest("chat.messages: role is missing; say who speaks, such as 'user'")
+        return messages
+    raise InvalidRequest("prompt is missing: set one of text, token_ids and chat")
+
+
+def token_messages(outputs: Iterable[TokenOutput], tokenizer: Tokenizer) -> Iterable[Any]:
+    """``Token`` messages of generated tokens."""
+    for output in outputs:
+        if output.token_id is None:
+            continue
+        yield generation_pb2.Token(
+            id=output.token_id,
+            piece=tokenizer.piece(output.token_id),
+            logprob=output.logprob,
+            top=[
+                generation_pb2.TopToken(id=token, piece=tokenizer.piece(token), logprob=logprob)
+                for token, logprob in output.top_logprobs
+            ],
+        )
+
+
+def adapter_message(adapter: Adapter) -> Any:
+    """The ``Adapter`` message of a loaded version."""
+    message = adapter_pb2.Adapter(
+        adapter_id=adapter.name,
+        version=adapter.version,
+        digest=adapter.info.digest,
+        state=_STATES[adapter.state],
+        rank=adapter.info.max_rank,
+        module_count=adapter.info.num_modules,
+        host_bytes=adapter.info.nbytes,
+        active_requests=adapter.references,
+        total_requests=adapter.requests,
+    )
+    message.last_used.FromNanoseconds(int(adapter.last_used * 1e9))
+    return message
+
+
+def _adapter_id(message: Any) -> str | None:
+    if not message.HasField("adapter_id"):
+        return None
+    adapter_id: str = message.adapter_id
+    if not adapter_id:
+        raise InvalidRequest("adapter_id is empty: leave it out for the base model")
+    if len(adapter_id) > _MAX_NAME:
+        raise InvalidRequest(
+            f"adapter_id has {len(adapter_id)} characters; no adapter's name has more than "
+            f"{_MAX_NAME}"
+        )
+    return adapter_id
+
+
+def _given(message: Any, *names: str) -> dict[str, Any]:
+    """The fields of ``message`` that are present."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}

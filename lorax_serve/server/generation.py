@@ -1,0 +1,120 @@
+"""``lorax.v1.GenerationService``: each call admits a request and follows its stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorax_serve import __version__
+from lorax_serve.core import GenerateRequest, StopReason
+from lorax_serve.errors import InvalidRequest
+from lorax_serve.frontend.generator import TextChunk, TextGenerator, TextStream
+from lorax_serve.pb.lorax.v1 import generation_pb2 as pb
+from lorax_serve.pb.lorax.v1 import generation_pb2_grpc
+from lorax_serve.server import convert
+
+__all__ = ["ADAPTER_METADATA", "GenerationServicer"]
+
+ADAPTER_METADATA = "lorax-adapter"
+"""Request metadata that repeats ``adapter_id`` for proxies, which route by it unread."""
+
+_STOP_REASONS = {
+    StopReason.NOT_FINISHED: pb.STOP_REASON_UNSPECIFIED,
+    StopReason.MAX_TOKENS: pb.STOP_REASON_MAX_TOKENS,
+    StopReason.EOS_TOKEN: pb.STOP_REASON_EOS_TOKEN,
+    StopReason.CANCELLED: pb.STOP_REASON_CANCELLED,
+    StopReason.STOP_SEQUENCE: pb.STOP_REASON_STOP_SEQUENCE,
+    StopReason.TOKEN_LIMIT: pb.STOP_REASON_TOKEN_LIMIT,
+    StopReason.ERROR: pb.STOP_REASON_ERROR,
+}
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):  # type: ignore[misc]
+    """Generation over gRPC.
+
+    Attributes:
+        generator: set by the server before it lets calls through.
+    """
+
+    generator: TextGenerator
+
+    async def Generate(self, request: Any, context: Any) -> Any:
+        """Answer with the whole text."""
+        stream = await self._start(request, context)
+        try:
+            whole = TextChunk("", [])
+            async for chunk in stream:
+                whole.text += chunk.text
+                whole.tokens += chunk.tokens
+                whole.stop_reason, whole.stop_sequence = chunk.stop_reason, chunk.stop_sequence
+        finally:
+            stream.cancel()  # the client cancelled or its deadline passed: else it has ended
+        fields = self._news(request, stream, whole)
+        return pb.GenerateResponse(**fields, **_provenance(stream))
+
+    async def GenerateStream(self, request: Any, context: Any) -> None:
+        """Send the text as it comes. Writes, instead of yielding, to be told of cancellation."""
+        stream = await self._start(request, context)
+        provenance = _provenance(stream)
+        try:
+            async for chunk in stream:
+                fields = self._news(request, stream, chunk)
+                await context.write(pb.GenerateStreamResponse(**fields, **provenance))
+                provenance = {}
+        finally:
+            stream.cancel()
+
+    async def Tokenize(self, request: Any, context: Any) -> Any:
+        """Answer with the token ids of a prompt."""
+        ids = await self.generator.tokenize(GenerateRequest(convert.prompt_of(request)))
+        tokenizer = self.generator.tokenizer
+        return pb.TokenizeResponse(
+            token_count=len(ids), token_ids=ids, tokens=[tokenizer.piece(each) for each in ids]
+        )
+
+    async def ModelInfo(self, request: Any, context: Any) -> Any:
+        """Describe the base model."""
+        info = self.generator.info
+        return pb.ModelInfoResponse(
+            model=info.model,
+            dtype=info.dtype,
+            device=info.device,
+            vocab_size=info.vocab_size,
+            max_sequence_length=info.max_sequence_length,
+            eos_token_ids=info.eos_token_ids,
+            num_parameters=info.num_parameters,
+            server_version=__version__,
+        )
+
+    async def _start(self, message: Any, context: Any) -> TextStream:
+        request = convert.generate_request(message)
+        for key, value in context.invocation_metadata() or ():
+            if key == ADAPTER_METADATA and value != request.adapter_id:
+                raise InvalidRequest(
+                    f"adapter_id is {request.adapter_id!r}, but the metadata {ADAPTER_METADATA} "
+                    f"is {value[:128]!r}: send the same, or no metadata"
+                )
+        seeded = message.parameters.sampling.HasField("seed")
+        return await self.generator.start(request, seeded=seeded)
+
+    def _news(self, message: Any, stream: TextStream, chunk: TextChunk) -> dict[str, Any]:
+        wanted = message.parameters.response
+        tokens = chunk.tokens if wanted.generated_tokens or wanted.HasField("logprobs") else []
+        return {
+            "text": chunk.text,
+            "tokens": convert.token_messages(tokens, self.generator.tokenizer),
+            "stop_reason": _STOP_REASONS[chunk.stop_reason],
+            "stop_sequence": chunk.stop_sequence,
+            "generated_token_count": stream.generated_token_count,
+        }
+
+
+def _provenance(stream: TextStream) -> dict[str, Any]:
+    fields = {"input_token_count": stream.input_token_count, "seed": stream.seed}
+    if stream.adapter is None:
+        return fields
+    return {
+        **fields,
+        "adapter_id": stream.adapter.name,
+        "adapter_version": stream.adapter.version,
+        "adapter_digest": stream.adapter.info.digest,
+    }

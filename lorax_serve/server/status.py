@@ -1,0 +1,115 @@
+"""From errors to gRPC statuses: the one place that knows which is which."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from lorax_serve.errors import (
+    AdapterConflict,
+    AdapterNotFound,
+    AdapterRejected,
+    Draining,
+    EngineFailed,
+    InvalidRequest,
+    LoraxError,
+    ModelUnsupported,
+    Overloaded,
+)
+
+__all__ = ["REJECT_REASON", "Guard", "status_of"]
+
+REJECT_REASON = "lorax-reject-reason"
+"""Trailing metadata of a refused adapter: a value of ``RejectReason``."""
+
+_CODES: dict[type[LoraxError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    AdapterRejected: grpc.StatusCode.INVALID_ARGUMENT,
+    AdapterNotFound: grpc.StatusCode.NOT_FOUND,
+    AdapterConflict: grpc.StatusCode.FAILED_PRECONDITION,
+    ModelUnsupported: grpc.StatusCode.FAILED_PRECONDITION,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Draining: grpc.StatusCode.UNAVAILABLE,
+    EngineFailed: grpc.StatusCode.INTERNAL,
+}
+# A status travels in HTTP/2 headers, whose size peers limit to 8 KiB or so.
+_MAX_MESSAGE = 1000
+# Health and reflection answer at all times, and in their own way.
+_ALWAYS_OPEN = "/grpc."
+
+log = logging.getLogger(__name__)
+
+
+def status_of(error: LoraxError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """The status code, message and trailing metadata that stand for ``error``."""
+    # Names of files may hold bytes that are no text, which a status cannot carry.
+    message = str(error).encode(errors="replace").decode()
+    if len(message) > _MAX_MESSAGE:
+        message = f"{message[:_MAX_MESSAGE]}..."
+    trailing = ((REJECT_REASON, str(error.reason)),) if isinstance(error, AdapterRejected) else ()
+    return _CODES.get(type(error), grpc.StatusCode.INTERNAL), message, trailing
+
+
+class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Stands around every call of our own services: while closed it refuses with UNAVAILABLE, and
+    it turns what they raise into statuses.
+
+    Args:
+        on_error: called with the name of each error status that is sent.
+    """
+
+    def __init__(self, on_error: Callable[[str], None]) -> None:
+        self._on_error = on_error
+        self._closed: str | None = "the server is starting; try again later"
+
+    def open(self) -> None:
+        """Let calls through."""
+        self._closed = None
+
+    def close(self, reason: str) -> None:
+        """Refuse new calls; an engine's failure on a running one is UNAVAILABLE from here on."""
+        self._closed = reason
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[Any], Awaitable[Any]],
+        handler_call_details: Any,
+    ) -> Any:
+        """Part of gRPC's interface: wraps the handler of one call."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(_ALWAYS_OPEN):
+            return handler
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._guarded(handler.unary_stream),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._guarded(handler.unary_unary),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+    def _guarded(
+        self, method: Callable[[Any, Any], Awaitable[Any]]
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def call(request: Any, context: Any) -> Any:
+            try:
+                if self._closed is not None:
+                    raise Draining(self._closed)
+                return await method(request, context)
+            except LoraxError as error:
+                code, message, trailing = status_of(error)
+                if isinstance(error, EngineFailed) and self._closed is not None:
+                    code = grpc.StatusCode.UNAVAILABLE
+            except Exception:
+                log.exception("a call failed")
+                code, message, trailing = grpc.StatusCode.INTERNAL, "internal error", ()
+            self._on_error(code.name)
+            await context.abort(code, message, trailing)
+
+        return call
