@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -159,6 +158,8 @@ class TokenOutput:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     error: str = ""
+    queue_seconds: float | None = None
+    """With the first token: how long the request waited for its first step."""
 
 
 @dataclass(slots=True)
@@ -171,6 +172,9 @@ class Sequence:
         computed: how many of ``tokens`` have their keys and values in the cache.
         kv_slot: its row of the KV cache, -1 while it waits.
         adapter_slot: its adapter's slot on the device, ``BASE`` without adapter or while it waits.
+        passed: how many others were admitted before it while it waited for an adapter slot.
+        arrived: ``time.perf_counter`` at arrival.
+        queue_seconds: from arrival to its first step.
     """
 
     request_id: int
@@ -184,7 +188,9 @@ class Sequence:
     computed: int = 0
     kv_slot: int = -1
     adapter_slot: int = BASE
-    skipped: int = 0
+    passed: int = 0
+    arrived: float = 0.0
+    queue_seconds: float | None = None
 
     @property
     def generated(self) -> int:
@@ -204,6 +210,8 @@ class Batch:
     decodes: list[Sequence] = field(default_factory=list)
     prefills: list[tuple[Sequence, int]] = field(default_factory=list)
     """A sequence, and how many of its tokens to compute now, from ``computed`` on."""
+    loads: list[tuple[int, int]] = field(default_factory=list)
+    """Device slots, and the adapter versions to bring into them before the step."""
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prefills)
@@ -252,11 +260,13 @@ class EngineStats:
 
     waiting: int = 0
     running: int = 0
+    batch_size: int = 0
+    """Sequences in this step; 0 if there was none."""
     batch_tokens: int = 0
-    """Tokens computed by this step; 0 if there was none."""
+    """Tokens computed by this step."""
     kv_tokens: int = 0
     kv_capacity: int = 0
     adapters_host: int = 0
     adapters_device: int = 0
     adapter_bytes: int = 0
-    step_seconds: float = math.nan
+    step_seconds: float = 0.0

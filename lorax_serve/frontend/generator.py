@@ -45,7 +45,7 @@ class RequestListener:
     def admitted(self, stream: TextStream) -> None:
         """The request went to the engine."""
 
-    def token(self, stream: TextStream, since_last: float) -> None:
+    def token(self, stream: TextStream, output: TokenOutput, since_last: float) -> None:
         """A token came, so many seconds after the last one or, for the first, after admission."""
 
     def ended(self, stream: TextStream, reason: StopReason) -> None:
@@ -95,7 +95,7 @@ class TextStream:
             return
         now = time.perf_counter()
         self.generated_token_count += 1
-        self._generator.listener.token(self, now - self._last_time)
+        self._generator.listener.token(self, output, now - self._last_time)
         self._last_time = now
         self._pending.tokens.append(output)
         text = self._detokenizer.push(output.token_id)

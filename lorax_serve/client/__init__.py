@@ -1,0 +1,35 @@
+"""A client for lorax-serve, synchronous and asynchronous. Imports neither torch nor transformers.
+
+::
+
+    with Client("localhost:50051") as client:
+        print(client.generate("Once upon a time", adapter="poet", temperature=0.7).text)
+        for chunk in client.stream([{"role": "user", "content": "Hi"}], adapter="poet"):
+            print(chunk.text, end="")
+
+Every failure is a ``LoraxError``; those that the server raises come back as themselves.
+"""
+
+from lorax_serve.client.aio import AsyncClient
+from lorax_serve.client.failures import ServerError, TimedOut, Unavailable
+from lorax_serve.client.requests import GenerateOptions, Prompt
+from lorax_serve.client.results import Adapter, Generation, Model, Token, Tokens, TopToken
+from lorax_serve.client.sync import Client
+from lorax_serve.core import StopReason
+
+__all__ = [
+    "Adapter",
+    "AsyncClient",
+    "Client",
+    "GenerateOptions",
+    "Generation",
+    "Model",
+    "Prompt",
+    "ServerError",
+    "StopReason",
+    "TimedOut",
+    "Token",
+    "Tokens",
+    "TopToken",
+    "Unavailable",
+]

@@ -1,0 +1,164 @@
+"""The asynchronous client: the same calls as ``Client``, awaited."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Any, Unpack
+
+import grpc
+
+from lorax_serve.client import requests
+from lorax_serve.client.failures import error_of
+from lorax_serve.client.requests import GenerateOptions, Prompt
+from lorax_serve.client.results import Adapter, Generation, Model, Tokens
+from lorax_serve.pb.lorax.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+)
+
+__all__ = ["AsyncClient"]
+
+
+class AsyncClient:
+    """A connection to a server, for one event loop. Close it, or use it in ``async with``.
+
+    Args:
+        address: ``host:port`` of the server's gRPC.
+        timeout: seconds that a call may take, None for ever; each call may say otherwise.
+        retries: how often a call is made again that met an unavailable server, 0 to 4.
+
+    Every call raises:
+        InvalidRequest, AdapterRejected, AdapterNotFound, AdapterConflict, Overloaded,
+        EngineFailed: the server's own errors, with its message.
+        Unavailable, TimedOut, ServerError: the others.
+    """
+
+    def __init__(
+        self, address: str = "localhost:50051", *, timeout: float | None = None, retries: int = 3
+    ) -> None:
+        self._address = address
+        self._timeout = timeout
+        self._channel = grpc.aio.insecure_channel(address, requests.channel_options(retries))
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancel what runs and close the connection."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        adapter: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """Generate text and wait for all of it.
+
+        Args:
+            prompt: text, token ids, or chat messages.
+            adapter: an adapter's name; None is the base model.
+            timeout: seconds that this call may take.
+            options: see ``GenerateOptions``.
+        """
+        fields = requests.generate_fields(prompt, adapter, options)
+        request = generation_pb2.GenerateRequest(**fields)
+        return Generation.of(await self._call(self._generation.Generate, request, timeout, adapter))
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        *,
+        adapter: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncIterator[Generation]:
+        """Generate text and yield it as it comes; arguments as for ``generate``.
+
+        Closing the iterator, or cancelling the task that waits for it, cancels the request on the
+        server.
+        """
+        fields = requests.generate_fields(prompt, adapter, options)
+        call = self._generation.GenerateStream(
+            generation_pb2.GenerateStreamRequest(**fields),
+            timeout=self._timeout if timeout is None else timeout,
+            metadata=requests.metadata(adapter),
+        )
+        first: Generation | None = None
+        try:
+            async for message in call:
+                chunk = Generation.of(message, first)
+                first = first or chunk
+                yield chunk
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, self._address) from None
+        finally:
+            call.cancel()
+
+    async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> Tokens:
+        """The tokens that ``generate`` would see."""
+        request = generation_pb2.TokenizeRequest(**requests.prompt(prompt))
+        return Tokens.of(await self._call(self._generation.Tokenize, request, timeout))
+
+    async def model_info(self, *, timeout: float | None = None) -> Model:
+        """The base model."""
+        request = generation_pb2.ModelInfoRequest()
+        return Model.of(await self._call(self._generation.ModelInfo, request, timeout))
+
+    async def load_adapter(
+        self, name: str, path: str | None = None, *, timeout: float | None = None
+    ) -> Adapter:
+        """Load an adapter, or replace what ``name`` means for new requests.
+
+        Args:
+            name: what requests will call it.
+            path: its directory, inside the server's adapter directory; default ``name``.
+            timeout: seconds that this call may take; the load goes on.
+        """
+        request = adapter_pb2.LoadAdapterRequest(adapter_id=name, path=path)
+        answer = await self._call(self._adapters.LoadAdapter, request, timeout)
+        return Adapter.of(answer.adapter)
+
+    async def unload_adapter(self, name: str, *, timeout: float | None = None) -> int:
+        """Take an adapter away, wait for its last request; returns the bytes that were freed."""
+        request = adapter_pb2.UnloadAdapterRequest(adapter_id=name)
+        answer = await self._call(self._adapters.UnloadAdapter, request, timeout)
+        freed: int = answer.freed_bytes
+        return freed
+
+    async def list_adapters(self, *, timeout: float | None = None) -> list[Adapter]:
+        """All versions in memory by name, those that drain included."""
+        request = adapter_pb2.ListAdaptersRequest()
+        answer = await self._call(self._adapters.ListAdapters, request, timeout)
+        return [Adapter.of(each) for each in answer.adapters]
+
+    async def _call(
+        self,
+        method: Callable[..., Any],
+        request: Any,
+        timeout: float | None,
+        adapter: str | None = None,
+    ) -> Any:
+        try:
+            return await method(
+                request,
+                timeout=self._timeout if timeout is None else timeout,
+                metadata=requests.metadata(adapter),
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, self._address) from None

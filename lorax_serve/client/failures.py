@@ -1,0 +1,65 @@
+"""From gRPC statuses back to errors: the inverse of ``lorax_serve.server.status``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from lorax_serve.errors import (
+    AdapterConflict,
+    AdapterNotFound,
+    AdapterRejected,
+    EngineFailed,
+    InvalidRequest,
+    LoraxError,
+    Overloaded,
+    RejectReason,
+)
+
+__all__ = ["ServerError", "TimedOut", "Unavailable", "error_of"]
+
+_REJECT_REASON = "lorax-reject-reason"
+
+_ERRORS: dict[grpc.StatusCode, type[LoraxError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: AdapterNotFound,
+    grpc.StatusCode.FAILED_PRECONDITION: AdapterConflict,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.INTERNAL: EngineFailed,
+}
+
+
+class ServerError(LoraxError):
+    """A call failed with a status that stands for none of the server's own errors."""
+
+
+class Unavailable(ServerError):
+    """The server cannot be reached, is starting or shutting down, or has lost its engine."""
+
+
+class TimedOut(ServerError):
+    """The call took longer than its timeout; the server has dropped it."""
+
+
+def error_of(call: Any, address: str) -> LoraxError:
+    """The error that a failed call stands for.
+
+    Args:
+        call: a ``grpc.RpcError`` of either kind of channel.
+        address: of the server, for the message.
+    """
+    code, message = call.code(), call.details() or ""
+    trailing = dict(call.trailing_metadata() or ())
+    if _REJECT_REASON in trailing:
+        try:
+            return AdapterRejected(RejectReason(trailing[_REJECT_REASON]), message)
+        except ValueError:  # a newer server's reason
+            return InvalidRequest(message)
+    if code in _ERRORS:
+        return _ERRORS[code](message)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return Unavailable(f"{address}: {message}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return TimedOut(f"{address} did not answer in time; raise the timeout")
+    return ServerError(f"{address}: {code.name}: {message}")

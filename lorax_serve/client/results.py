@@ -1,0 +1,186 @@
+"""What calls return: plain frozen data, made from response messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from lorax_serve.core import StopReason
+from lorax_serve.pb.lorax.v1 import adapter_pb2
+
+__all__ = ["Adapter", "Generation", "Model", "Token", "Tokens", "TopToken"]
+
+
+@dataclass(frozen=True, slots=True)
+class TopToken:
+    """One of the most probable tokens at a place."""
+
+    id: int
+    piece: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+        piece: its spelling in the vocabulary, not always whole characters.
+        logprob: natural logarithm of its probability in the model's own distribution.
+        top: the most probable tokens at its place.
+    """
+
+    id: int
+    piece: str
+    logprob: float | None
+    top: tuple[TopToken, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A generated text or, while streaming, a piece of one.
+
+    Attributes:
+        text: the text; while streaming, what is new.
+        tokens: the tokens, if they were asked for; while streaming, the new ones.
+        stop_reason: ``NOT_FINISHED`` in all pieces but the last.
+        stop_sequence: the one that ended it, if one did.
+        generated_token_count: tokens generated, so far while streaming.
+        input_token_count: tokens of the prompt.
+        seed: the seed in use: the same request with it gives the same text.
+        adapter: the adapter that was applied; None is the base model.
+        adapter_version: the sequence number of its load on that server.
+        adapter_digest: SHA-256 of its files.
+    """
+
+    text: str
+    tokens: tuple[Token, ...]
+    stop_reason: StopReason
+    stop_sequence: str | None
+    generated_token_count: int
+    input_token_count: int
+    seed: int
+    adapter: str | None
+    adapter_version: int | None
+    adapter_digest: str | None
+
+    @classmethod
+    def of(cls, message: Any, first: Generation | None = None) -> Generation:
+        """The content of a response; later messages of a stream repeat the ``first`` one's
+        provenance."""
+        piece = cls(
+            text=message.text,
+            tokens=tuple(_token(each) for each in message.tokens),
+            stop_reason=StopReason(message.stop_reason),
+            stop_sequence=_optional(message, "stop_sequence"),
+            generated_token_count=message.generated_token_count,
+            input_token_count=message.input_token_count,
+            seed=message.seed,
+            adapter=_optional(message, "adapter_id"),
+            adapter_version=_optional(message, "adapter_version"),
+            adapter_digest=_optional(message, "adapter_digest"),
+        )
+        if first is None:
+            return piece
+        return replace(
+            first,
+            text=piece.text,
+            tokens=piece.tokens,
+            stop_reason=piece.stop_reason,
+            stop_sequence=piece.stop_sequence,
+            generated_token_count=piece.generated_token_count,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A tokenized prompt: ids and their spellings in the vocabulary."""
+
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+
+    @classmethod
+    def of(cls, message: Any) -> Tokens:
+        """The content of a response."""
+        return cls(tuple(message.token_ids), tuple(message.tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The base model of a server."""
+
+    model: str
+    dtype: str
+    device: str
+    vocab_size: int
+    max_sequence_length: int
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
+    server_version: str
+
+    @classmethod
+    def of(cls, message: Any) -> Model:
+        """The content of a response."""
+        return cls(
+            model=message.model,
+            dtype=message.dtype,
+            device=message.device,
+            vocab_size=message.vocab_size,
+            max_sequence_length=message.max_sequence_length,
+            eos_token_ids=tuple(message.eos_token_ids),
+            num_parameters=message.num_parameters,
+            server_version=message.server_version,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One loaded version of an adapter.
+
+    Attributes:
+        version: the sequence number of its load on that server.
+        digest: SHA-256 of its files.
+        state: ``ready``, or ``draining`` once it is unloaded or replaced.
+        rank: the largest of its modules.
+        module_count: modules of the base model that it changes.
+        host_bytes: host memory that it takes.
+        last_used: when the last request started with it, else when it was loaded.
+    """
+
+    name: str
+    version: int
+    digest: str
+    state: str
+    rank: int
+    module_count: int
+    host_bytes: int
+    active_requests: int
+    total_requests: int
+    last_used: datetime
+
+    @classmethod
+    def of(cls, message: Any) -> Adapter:
+        """The content of a message."""
+        state = adapter_pb2.AdapterState.Name(message.state)
+        return cls(
+            name=message.adapter_id,
+            version=message.version,
+            digest=message.digest,
+            state=state.removeprefix("ADAPTER_STATE_").lower(),
+            rank=message.rank,
+            module_count=message.module_count,
+            host_bytes=message.host_bytes,
+            active_requests=message.active_requests,
+            total_requests=message.total_requests,
+            last_used=message.last_used.ToDatetime(tzinfo=UTC),
+        )
+
+
+def _token(message: Any) -> Token:
+    top = tuple(TopToken(each.id, each.piece, each.logprob) for each in message.top)
+    return Token(message.id, message.piece, _optional(message, "logprob"), top)
+
+
+def _optional(message: Any, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None

@@ -1,0 +1,222 @@
+"""The engine: commands in, one step at a time, reports out. One thread owns it and the device."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from lorax_serve.config import EngineConfig
+from lorax_serve.core import Batch, EngineStats, Sequence, StopReason, TokenOutput
+from lorax_serve.engine.adapter_store import AdapterLoader, AdapterStore, LoadFinished
+from lorax_serve.engine.messages import (
+    Abort,
+    CheckIntegrity,
+    DropAdapter,
+    LoadAdapter,
+    Reply,
+    StepReport,
+    Submit,
+)
+from lorax_serve.engine.scheduler import Scheduler
+from lorax_serve.errors import EngineFailed, LoraxError
+from lorax_serve.model.runner import ModelRunner
+from lorax_serve.model.sampler import Sample
+
+__all__ = ["Engine"]
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Continuous batching of one model with many adapters.
+
+    Args:
+        config: sizes and limits.
+        runner: the model.
+        loader: reads adapters in the background; its results come back through ``handle``.
+    """
+
+    def __init__(self, config: EngineConfig, runner: ModelRunner, loader: AdapterLoader) -> None:
+        self._runner = runner
+        self._loader = loader
+        self._store = AdapterStore(config.max_adapter_bytes)
+        self._scheduler = Scheduler(
+            config.max_batch_size, config.max_batch_tokens, config.adapter_slots
+        )
+        self._kv_capacity = config.max_batch_size * runner.max_length
+        self._report = StepReport()
+        self._last_batch = Batch()
+        self._step_seconds = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a step to do."""
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    def handle(
+        self, message: Submit | Abort | LoadAdapter | DropAdapter | CheckIntegrity | LoadFinished
+    ) -> None:
+        """Take one command or one finished load; answers go into the next report."""
+        match message:
+            case Submit():
+                self._submit(message)
+            case Abort(request_id):
+                self._abort(request_id)
+            case LoadAdapter():
+                self._loader.request(message)
+            case LoadFinished():
+                self._keep(message)
+            case DropAdapter(call_id, version):
+                self._drop(call_id, version)
+            case CheckIntegrity(call_id):
+                self._reply(Reply(call_id, self.check_integrity()))
+
+    def step(self) -> None:
+        """Compute one step for everything that runs."""
+        started = time.perf_counter()
+        self._last_batch = batch = self._scheduler.schedule()
+        self._bring_in_adapters(batch)
+        for sequence, _ in batch.prefills:
+            if sequence.queue_seconds is None:
+                sequence.queue_seconds = started - sequence.arrived
+        if not batch:
+            return
+        try:
+            results = self._runner.run(batch)
+        except Exception as error:  # out of memory, say: these requests fail, the engine goes on
+            log.exception("a step failed")
+            self._fail(batch.sequences, f"the step failed: {type(error).__name__}: {error}")
+            return
+        for sequence, length in batch.prefills:
+            sequence.computed += length
+        for sequence in batch.decodes:
+            sequence.computed += 1
+        for sequence, sample in results:
+            self._advance(sequence, sample)
+        self._step_seconds = time.perf_counter() - started
+
+    def take_report(self) -> StepReport:
+        """What happened since the last report."""
+        report, self._report = self._report, StepReport()
+        batch, self._last_batch = self._last_batch, Batch()
+        report.stats = EngineStats(
+            waiting=self._scheduler.waiting,
+            running=self._scheduler.running,
+            batch_size=len(batch.sequences),
+            batch_tokens=len(batch.decodes) + sum(length for _, length in batch.prefills),
+            kv_tokens=self._scheduler.kv_tokens,
+            kv_capacity=self._kv_capacity,
+            adapters_host=len(self._store),
+            adapters_device=self._scheduler.resident_adapters,
+            adapter_bytes=self._store.nbytes,
+            step_seconds=self._step_seconds if batch else 0.0,
+        )
+        return report
+
+    def check_integrity(self) -> tuple[str, ...]:
+        """Problems in the accounting of rows, slots, pins and bytes; empty when all is well."""
+        return (*self._scheduler.problems(), *self._store.problems())
+
+    def _submit(self, command: Submit) -> None:
+        self._scheduler.add(
+            Sequence(
+                request_id=command.request_id,
+                tokens=list(command.tokens),
+                prompt_length=len(command.tokens),
+                adapter=command.adapter,
+                sampling=command.sampling,
+                max_new_tokens=command.max_new_tokens,
+                min_new_tokens=command.min_new_tokens,
+                eos_token_ids=command.eos_token_ids,
+                arrived=time.perf_counter(),
+            )
+        )
+
+    def _abort(self, request_id: int) -> None:
+        sequence = self._scheduler.find(request_id)
+        if sequence is not None:
+            self._release(sequence)
+        else:
+            self._scheduler.withdraw(request_id)  # or it has ended already
+
+    def _bring_in_adapters(self, batch: Batch) -> None:
+        for slot, version in batch.loads:
+            try:
+                self._runner.put_adapter(slot, self._store.get(version))
+            except Exception as error:  # no device memory: only its own requests fail
+                log.exception("adapter version %d cannot be brought to the device", version)
+                victims = [s for s in batch.sequences if s.adapter == version]
+                batch.prefills = [(s, n) for s, n in batch.prefills if s.adapter != version]
+                self._fail(victims, f"the adapter cannot be brought to the device: {error}")
+                self._scheduler.evict_adapter(version)
+
+    def _advance(self, sequence: Sequence, sample: Sample) -> None:
+        """Append a sampled token, report it, and end the sequence if it was the last."""
+        if sample.token_id is None:
+            self._fail(
+                [sequence],
+                "the model's output is not finite (NaN or infinity) for this request: "
+                "the adapter's weights are too large for this model or dtype",
+            )
+            return
+        sequence.tokens.append(sample.token_id)
+        reason = self._stop_reason(sequence, sample.token_id)
+        self._report.tokens.append(
+            TokenOutput(
+                sequence.request_id,
+                sample.token_id,
+                reason,
+                logprob=sample.logprob,
+                top_logprobs=sample.top_logprobs,
+                queue_seconds=sequence.queue_seconds if sequence.generated == 1 else None,
+            )
+        )
+        if reason is not StopReason.NOT_FINISHED:
+            self._release(sequence)
+
+    def _stop_reason(self, sequence: Sequence, token_id: int) -> StopReason:
+        if token_id in sequence.eos_token_ids:
+            return StopReason.EOS_TOKEN
+        if sequence.generated >= sequence.max_new_tokens:
+            return StopReason.MAX_TOKENS
+        if len(sequence.tokens) >= self._runner.max_length:
+            return StopReason.TOKEN_LIMIT
+        return StopReason.NOT_FINISHED
+
+    def _fail(self, sequences: list[Sequence], error: str) -> None:
+        for sequence in sequences:
+            self._report.tokens.append(
+                TokenOutput(sequence.request_id, None, StopReason.ERROR, error=error)
+            )
+            self._release(sequence, may_hold_nan=True)
+
+    def _release(self, sequence: Sequence, *, may_hold_nan: bool = False) -> None:
+        # A sequence that never gave a token may have computed NaN without anybody seeing it.
+        if may_hold_nan or not sequence.generated:
+            self._runner.scrub(sequence)
+        self._scheduler.finish(sequence)
+
+    def _keep(self, load: LoadFinished) -> None:
+        error = load.error
+        if load.info is not None and load.sites is not None:
+            try:
+                self._store.add(load.command.version, load.info, load.sites)
+            except LoraxError as refused:
+                error = refused
+        if error is not None:
+            self._reply(Reply(load.command.call_id, error=error))
+        else:
+            self._reply(Reply(load.command.call_id, load.info))
+
+    def _drop(self, call_id: int, version: int) -> None:
+        if version not in self._store:
+            error = EngineFailed(f"adapter version {version} is not loaded")
+            self._reply(Reply(call_id, error=error))
+            return
+        slot = self._scheduler.drop_adapter(version)
+        if slot is not None:
+            self._runner.clear_adapter(slot)
+        self._reply(Reply(call_id, self._store.drop(version)))
+
+    def _reply(self, reply: Reply) -> None:
+        self._report.replies.append(reply)

@@ -1,0 +1,225 @@
+"""What the server tells Prometheus. Every name starts with ``lorax_``, times are in seconds.
+
+Label values are bounded: an adapter has its own only while it is loaded, and at most
+``MAX_ADAPTER_LABELS`` have one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
+
+from lorax_serve import __version__
+from lorax_serve.core import EngineStats, StopReason, TokenOutput
+from lorax_serve.engine.messages import StepReport
+from lorax_serve.errors import InvalidRequest
+from lorax_serve.frontend.generator import RequestListener, TextStream
+from lorax_serve.frontend.registry import Adapter, RegistryListener
+
+__all__ = ["BASE_LABEL", "MAX_ADAPTER_LABELS", "OTHER_LABEL", "Metrics", "MetricsServer"]
+
+# No adapter's name starts with an underscore.
+BASE_LABEL = "_base"
+OTHER_LABEL = "_other"
+MAX_ADAPTER_LABELS = 256
+
+_LATENCY = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
+_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics(RequestListener, RegistryListener):
+    """All series of one server.
+
+    Attributes:
+        registry: its own, so that several servers can live in one process.
+        stats: the engine's gauges, read when Prometheus asks.
+    """
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.stats = EngineStats()
+        self._versions: dict[str, set[int]] = {}
+        self._labels: set[str] = set()
+        ProcessCollector(registry=registry)
+        build = Gauge(
+            "lorax_build_info", "Always 1; the label is the version", ["version"], registry=registry
+        )
+        build.labels(__version__).set(1)
+        self._time_to_first_token = Histogram(
+            "lorax_time_to_first_token_seconds",
+            "From a request's admission to its first token",
+            buckets=_LATENCY,
+            registry=registry,
+        )
+        self._inter_token = Histogram(
+            "lorax_inter_token_latency_seconds",
+            "From one token of a request to its next",
+            buckets=_LATENCY,
+            registry=registry,
+        )
+        self._queue_time = Histogram(
+            "lorax_queue_time_seconds",
+            "From a request's admission to the first step that computes it",
+            buckets=_LATENCY,
+            registry=registry,
+        )
+        self._prompt_tokens = Counter(
+            "lorax_prompt_tokens", "Prompt tokens admitted", ["adapter"], registry=registry
+        )
+        self._generated_tokens = Counter(
+            "lorax_generated_tokens", "Tokens generated", ["adapter"], registry=registry
+        )
+        self._requests = Counter(
+            "lorax_requests",
+            "Admitted requests that have ended",
+            ["adapter", "stop_reason"],
+            registry=registry,
+        )
+        self._errors = Counter(
+            "lorax_errors", "Calls answered with an error status", ["code"], registry=registry
+        )
+        self._loads = Counter("lorax_adapter_loads", "Adapters loaded", registry=registry)
+        self._unloads = Counter("lorax_adapter_unloads", "Adapters freed", registry=registry)
+        self._rejects = Counter(
+            "lorax_adapter_rejects", "Adapter loads refused", ["reason"], registry=registry
+        )
+        self._batch_size = Histogram(
+            "lorax_batch_size",
+            "Sequences computed in one step",
+            buckets=_SEQUENCES,
+            registry=registry,
+        )
+        self._step_time = Histogram(
+            "lorax_step_seconds", "Duration of one step", buckets=_LATENCY, registry=registry
+        )
+        self._add_gauges(registry)
+
+    def _add_gauges(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, help_text: str, field: str) -> None:
+            series = Gauge(name, help_text, registry=registry)
+            series.set_function(lambda: getattr(self.stats, field))
+
+        gauge("lorax_requests_waiting", "Requests waiting for a place in the batch", "waiting")
+        gauge("lorax_requests_running", "Requests in the batch", "running")
+        gauge("lorax_kv_tokens_used", "Tokens whose keys and values are cached", "kv_tokens")
+        gauge("lorax_kv_tokens_capacity", "Tokens that the KV cache can hold", "kv_capacity")
+        gauge("lorax_adapter_bytes", "Host memory taken by adapters", "adapter_bytes")
+        resident = Gauge(
+            "lorax_adapters_resident", "Adapters in memory, by tier", ["tier"], registry=registry
+        )
+        resident.labels("host").set_function(lambda: self.stats.adapters_host)
+        resident.labels("device").set_function(lambda: self.stats.adapters_device)
+
+    def step(self, report: StepReport) -> None:
+        """The engine has done a step (``AsyncEngine.on_step``)."""
+        self.stats = stats = report.stats
+        if stats.batch_size:
+            self._batch_size.observe(stats.batch_size)
+            self._step_time.observe(stats.step_seconds)
+
+    def error(self, code: str) -> None:
+        """A call was answered with the error status ``code``."""
+        self._errors.labels(code).inc()
+
+    def admitted(self, stream: TextStream) -> None:
+        """A request went to the engine."""
+        self._prompt_tokens.labels(self._label(stream.adapter)).inc(stream.input_token_count)
+
+    def token(self, stream: TextStream, output: TokenOutput, since_last: float) -> None:
+        """A token came."""
+        if stream.generated_token_count == 1:
+            self._time_to_first_token.observe(since_last)
+        else:
+            self._inter_token.observe(since_last)
+        if output.queue_seconds is not None:
+            self._queue_time.observe(output.queue_seconds)
+        self._generated_tokens.labels(self._label(stream.adapter)).inc()
+
+    def ended(self, stream: TextStream, reason: StopReason) -> None:
+        """A request is over."""
+        self._requests.labels(self._label(stream.adapter), reason.name.lower()).inc()
+
+    def loaded(self, adapter: Adapter) -> None:
+        """A version of an adapter is ready."""
+        self._loads.inc()
+        self._versions.setdefault(adapter.name, set()).add(adapter.version)
+
+    def rejected(self, name: str, reason: str) -> None:
+        """A load was refused. The name is not a label: it may be anything."""
+        snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", reason).lower()
+        self._rejects.labels(snake_case).inc()
+
+    def unloaded(self, adapter: Adapter) -> None:
+        """A version is freed; with a name's last version, its series go too."""
+        self._unloads.inc()
+        versions = self._versions[adapter.name]
+        versions.discard(adapter.version)
+        if versions:
+            return
+        del self._versions[adapter.name]
+        if adapter.name in self._labels:
+            self._labels.discard(adapter.name)
+            for series in (self._prompt_tokens, self._generated_tokens, self._requests):
+                series.remove_by_labels({"adapter": adapter.name})
+
+    def _label(self, adapter: Adapter | None) -> str:
+        if adapter is None:
+            return BASE_LABEL
+        if adapter.name not in self._labels:
+            if len(self._labels) >= MAX_ADAPTER_LABELS:
+                return OTHER_LABEL
+            self._labels.add(adapter.name)
+        return adapter.name
+
+
+class MetricsServer:
+    """Serves ``/metrics`` over HTTP on a thread of its own, so that no scrape delays a token.
+
+    Args:
+        metrics: what to serve.
+        host: address to listen on.
+        port: 0 takes a free one.
+
+    Raises:
+        InvalidRequest: the port cannot be listened on.
+    """
+
+    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+        try:
+            self._http, self._thread = start_http_server(port, host, metrics.registry)
+        except OSError as error:
+            raise InvalidRequest(
+                f"metrics_port: cannot listen on {host}:{port}: {error.strerror}"
+            ) from error
+        self.port: int = self._http.server_port
+
+    async def stop(self) -> None:
+        """Close the port."""
+        await asyncio.to_thread(self._http.shutdown)
+        self._thread.join()
+        self._http.server_close()

@@ -1,0 +1,206 @@
+"""The server: everything in the right order, from start to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+
+import grpc
+from grpc_health.v1 import health, health_pb2
+from grpc_reflection.v1alpha import reflection
+
+from lorax_serve.config import EngineConfig, ServerConfig
+from lorax_serve.core import EngineStats, ModelInfo
+from lorax_serve.errors import InvalidRequest, LoraxError
+from lorax_serve.frontend.async_engine import AsyncEngine
+from lorax_serve.frontend.generator import TextGenerator
+from lorax_serve.frontend.registry import Adapter, AdapterRegistry
+from lorax_serve.frontend.text import Tokenizer
+from lorax_serve.metrics import Metrics, MetricsServer
+from lorax_serve.pb.lorax.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+)
+from lorax_serve.server.adapters import AdapterServicer
+from lorax_serve.server.generation import GenerationServicer
+from lorax_serve.server.status import Guard
+
+__all__ = ["SERVICES", "Server"]
+
+SERVICES = tuple(
+    service.full_name
+    for module in (generation_pb2, adapter_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+)
+"""The services that have a health status of their own."""
+
+# For the last messages of streams that have ended to reach their clients.
+_LAST_WRITES_SECONDS = 2.0
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", 4 << 20),
+    # A second server on the same port fails, instead of taking half of the connections.
+    ("grpc.so_reuseport", 0),
+    # A client that vanished without closing is noticed, and its requests freed, within 40 s.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Clients may keep idle connections alive through proxies that would cut them.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+)
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """A server with its engine: ``start`` it and ``stop`` it once, or use it in ``async with``.
+
+    It listens from the beginning, and answers UNAVAILABLE and NOT_SERVING until its model and the
+    adapters in its directory are loaded. An adapter that is refused is reported and holds up
+    nothing. If the engine's process dies, the server is good for nothing more: see ``failed``.
+
+    Args:
+        config: its settings.
+        start_engine: another engine, for tests.
+
+    Attributes:
+        port: of gRPC, once it listens.
+        metrics_port: of ``/metrics``, or None.
+        metrics: its series.
+        refused: why adapters in its directory could not be loaded, by name.
+        failed: set when the engine's process has died.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        start_engine: Callable[[EngineConfig], Awaitable[AsyncEngine]] = AsyncEngine.start,
+    ) -> None:
+        self.port = 0
+        self.metrics_port: int | None = None
+        self.metrics = Metrics()
+        self.refused: dict[str, LoraxError] = {}
+        self.failed = asyncio.Event()
+        self._config = config
+        self._start_engine = start_engine
+        self._health = health.aio.HealthServicer()
+        self._guard = Guard(self.metrics.error)
+        self._grpc = grpc.aio.server(options=_OPTIONS, interceptors=[self._guard])
+        self._generation = GenerationServicer()
+        self._adapters = AdapterServicer()
+        self._cleanup = contextlib.AsyncExitStack()
+        self._engine: AsyncEngine
+        self._generator: TextGenerator
+
+    @property
+    def info(self) -> ModelInfo:
+        """The base model."""
+        return self._engine.info
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's gauges."""
+        return self._engine.stats
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The adapters in memory."""
+        return self._adapters.registry.adapters()
+
+    async def start(self) -> None:
+        """Listen, start the engine, load the adapters, and let requests in.
+
+        Raises:
+            LoraxError: it cannot be started so; nothing is left running.
+        """
+        try:
+            await self._listen()
+            await self._load()
+        except BaseException:
+            await self._cleanup.aclose()
+            raise
+        self._guard.open()
+        await self._report_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> None:
+        """Refuse new requests, wait for those that run up to ``drain_seconds``, then stop."""
+        await self._health.enter_graceful_shutdown()
+        if not await self._generator.drain(self._config.drain_seconds):
+            log.warning("requests still ran after %g s", self._config.drain_seconds)
+        await self._cleanup.aclose()
+
+    async def __aenter__(self) -> Server:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    async def _listen(self) -> None:
+        host, port, metrics_port = self._config.host, self._config.port, self._config.metrics_port
+        if metrics_port is not None:
+            metrics_server = MetricsServer(self.metrics, host, metrics_port)
+            self._cleanup.push_async_callback(metrics_server.stop)
+            self.metrics_port = metrics_server.port
+        health.health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._grpc)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(self._adapters, self._grpc)
+        reflection.enable_server_reflection(
+            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc
+        )
+        await self._report_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            self.port = self._grpc.add_insecure_port(address)
+        except RuntimeError as error:
+            raise InvalidRequest(f"port: cannot listen on {address}: is it in use?") from error
+        await self._grpc.start()
+        self._cleanup.push_async_callback(self._grpc.stop, _LAST_WRITES_SECONDS)
+
+    async def _load(self) -> None:
+        root = self._config.adapters
+        if root is not None and not root.is_dir():
+            raise InvalidRequest(f"adapters: no such directory: {root}")
+        self._engine = engine = await self._start_engine(self._config.engine)
+        # The engine outlives the calls: they are pushed, so stopped, in the reverse order.
+        stop_calls = self._cleanup.pop_all()
+        self._cleanup.push_async_callback(engine.close)
+        self._cleanup.push_async_exit(stop_calls)
+        self._watch(engine)
+        self.metrics.stats = engine.stats
+        engine.on_step = self.metrics.step
+        registry = AdapterRegistry(engine, root, self.metrics)
+        tokenizer = await asyncio.to_thread(Tokenizer, engine.info.directory)
+        self._generator = TextGenerator(engine, registry, tokenizer, self.metrics)
+        self._generation.generator = self._generator
+        self._adapters.registry = registry
+        self.refused = await registry.load_all()
+
+    def _watch(self, engine: AsyncEngine) -> None:
+        async def watch() -> None:
+            await engine.died.wait()
+            self._guard.close("the engine has died; the server must be restarted")
+            self.failed.set()
+            await self._health.enter_graceful_shutdown()
+
+        watcher = asyncio.create_task(watch(), name="engine-watch")
+
+        async def stop_watching() -> None:
+            watcher.cancel()
+            await asyncio.wait([watcher])
+
+        self._cleanup.push_async_callback(stop_watching)
+
+    async def _report_health(self, status: int) -> None:
+        for service in ("", *SERVICES):
+            await self._health.set(service, status)

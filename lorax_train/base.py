@@ -1,0 +1,171 @@
+"""The base model and its tokenizer, loaded for training: frozen, in one dtype, on one device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lorax_serve.errors import TrainingError
+from lorax_train.config import Device, DtypeName
+
+__all__ = [
+    "Tokenizer",
+    "choose_device",
+    "choose_dtype",
+    "load_model",
+    "load_tokenizer",
+    "output_head",
+    "vocabulary_size",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """A Hugging Face tokenizer, and what the trainer must know of it.
+
+    Attributes:
+        hf: the tokenizer.
+        eos_id: the token that ends what is learned.
+        stop_ids: every token at which generation stops: ``eos_id`` and the generation config's.
+        pad_id: fills up short rows; any token does, because the padding is masked by position.
+    """
+
+    hf: PreTrainedTokenizerBase
+    eos_id: int
+    stop_ids: frozenset[int]
+    pad_id: int
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of ``text``; ``special`` adds what the tokenizer puts around a prompt."""
+        ids: list[int] = self.hf(text, add_special_tokens=special)["input_ids"]
+        return list(ids)
+
+    def render(self, messages: Sequence[tuple[str, str]], *, answer: bool) -> list[int]:
+        """Token ids of (role, content) messages; ``answer`` opens the assistant's next turn."""
+        text = self.hf.apply_chat_template(
+            [{"role": role, "content": content} for role, content in messages],
+            tokenize=False,
+            add_generation_prompt=answer,
+        )
+        return self.encode(str(text), special=False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``, special ones included."""
+        return str(self.hf.decode(list(tokens), skip_special_tokens=False))
+
+
+def load_tokenizer(spec: str, directory: Path, *, chat: bool) -> Tokenizer:
+    """Load the tokenizer in ``directory``; ``chat`` if rows of messages are to be rendered.
+
+    Raises:
+        TrainingError: when it cannot be read, has no EOS token, or no chat template for ``chat``.
+    """
+    try:
+        hf = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise TrainingError(f"model {spec}: its tokenizer cannot be loaded: {error}") from error
+    if hf.eos_token_id is None:
+        raise TrainingError(
+            f"model {spec}: its tokenizer has no EOS token, so an adapter could not learn to stop; "
+            "set eos_token in tokenizer_config.json"
+        )
+    if chat and not hf.chat_template:
+        raise TrainingError(
+            f"model {spec}: its tokenizer has no chat template, so rows of messages cannot be "
+            "rendered; use prompt and completion rows"
+        )
+    pad = hf.eos_token_id if hf.pad_token_id is None else hf.pad_token_id
+    return Tokenizer(hf, hf.eos_token_id, _stop_ids(directory) | {hf.eos_token_id}, pad)
+
+
+def _stop_ids(directory: Path) -> frozenset[int]:
+    """The EOS ids of ``generation_config.json``, where chat models list their end of turn."""
+    file = directory / "generation_config.json"
+    ids = json.loads(file.read_bytes()).get("eos_token_id") if file.is_file() else None
+    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+
+def choose_device(name: Device) -> torch.device:
+    """The device that ``--device`` means here.
+
+    Raises:
+        TrainingError: when cuda is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise TrainingError(
+            "--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA "
+            "build of torch"
+        )
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """The dtype of the frozen base that ``--dtype`` means on ``device``.
+
+    ``auto`` takes bfloat16 only where the hardware multiplies it: emulated, it is slower than
+    float32. A and B, and the optimizer, are float32 in either case.
+    """
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Private, and the only names that torch has for these two facts.
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_model(
+    spec: str, directory: Path, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Load the base model, frozen and in evaluation mode.
+
+    It stays in evaluation mode: the base is not trained, so its own dropout would be noise, and
+    ``--dropout`` acts on the LoRA branch alone.
+
+    Raises:
+        TrainingError: when it is no causal language model, or weights are missing.
+    """
+    try:
+        # Any: the declared type leaves out the pair that output_loading_info asks for.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise TrainingError(f"model {spec}: cannot be loaded: {error}") from error
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:  # transformers would fill them with random numbers
+        raise TrainingError(
+            f"model {spec}: {len(missing)} tensors are missing in its files, {missing[0]} the first"
+        )
+    module: nn.Module = model
+    module.requires_grad_(False).eval().to(device)
+    return model
+
+
+def output_head(model: PreTrainedModel) -> nn.Module | None:
+    """The module that turns hidden states into logits."""
+    getter: Callable[[], Any] = model.get_output_embeddings
+    head = getter()
+    return head if isinstance(head, nn.Module) else None
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """How many rows the input embedding has: more than the tokenizer's tokens, in some models."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])

@@ -1,0 +1,203 @@
+"""What a training run is told, as frozen dataclasses. Every default of ``lorax-train`` is here.
+
+Each class checks its own values, so that a config that exists is one that can be run. The messages
+name the command line's flags.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from lorax_serve.errors import TrainingError
+from lorax_serve.model.source import EMBEDDED_MODEL
+
+__all__ = [
+    "DataConfig",
+    "Device",
+    "DtypeName",
+    "InjectionConfig",
+    "LoopConfig",
+    "OptimizerConfig",
+    "OutputConfig",
+    "TrainConfig",
+]
+
+Init = Literal["kaiming", "gaussian"]
+Optimizer = Literal["adamw", "adam"]
+Schedule = Literal["cosine", "linear", "constant"]
+Device = Literal["auto", "cpu", "cuda"]
+DtypeName = Literal["auto", "bfloat16", "float32"]
+SaveDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class InjectionConfig:
+    """The LoRA layers: how many, of what size, and how they start."""
+
+    r: int = 16
+    """Rank of the update: A is ``[r, in]`` and B is ``[out, r]``."""
+    alpha: float | None = None
+    """The update is scaled by ``alpha / r``; None means ``2 * r``."""
+    dropout: float = 0.0
+    """Probability of zeroing an element of the LoRA branch's input, in training only."""
+    targets: str = "all-linear"
+    """``all-linear``, ``qkv``, a comma list of module names, or ``regex:`` and an expression."""
+    rslora: bool = False
+    """Scale by ``alpha / sqrt(r)`` instead (arXiv:2312.03732)."""
+    init: Init = "kaiming"
+    """How A starts (``inject.init_a``); B always starts at zero."""
+
+    def __post_init__(self) -> None:
+        _at_least("--r", self.r, 1)
+        if self.alpha is not None:
+            _finite("--alpha", self.alpha, above=0.0)
+        _finite("--dropout", self.dropout, at_least=0.0, below=1.0)
+        _one_of("--init", self.init, get_args(Init))
+
+    @property
+    def lora_alpha(self) -> float:
+        """Alpha as it is applied and written."""
+        alpha = 2 * self.r if self.alpha is None else self.alpha
+        return int(alpha) if float(alpha).is_integer() else alpha
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Where the rows are, and how much of them is used."""
+
+    train: Path
+    """JSONL: ``text``, ``prompt`` and ``completion``, or ``messages`` in every row."""
+    eval_file: Path | None = None
+    """Held-out rows in a file of their own."""
+    eval_split: float = 0.0
+    """Share of the training rows to hold out instead, chosen by the seed."""
+    max_length: int = 512
+    """Most tokens in a row."""
+
+    def __post_init__(self) -> None:
+        _at_least("--max-length", self.max_length, 2)
+        _finite("--eval-split", self.eval_split, at_least=0.0, below=1.0)
+        if self.eval_file is not None and self.eval_split:
+            raise TrainingError("--eval-data and --eval-split exclude each other; give one of them")
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerConfig:
+    """The optimizer and the learning rate over time."""
+
+    name: Optimizer = "adamw"
+    lr: float = 2e-4
+    """The highest learning rate, reached after the warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled for adamw; for adam it is added to the gradient."""
+    schedule: Schedule = "cosine"
+    """From ``lr`` down to 0 along half a cosine or a line, or unchanged."""
+    warmup_ratio: float = 0.03
+    """Share of all steps in which the learning rate rises linearly."""
+    max_grad_norm: float = 1.0
+    """Gradients of a greater norm are scaled down to it; 0 leaves them alone."""
+
+    def __post_init__(self) -> None:
+        _one_of("--optimizer", self.name, get_args(Optimizer))
+        _one_of("--schedule", self.schedule, get_args(Schedule))
+        _finite("--lr", self.lr, above=0.0)
+        _finite("--weight-decay", self.weight_decay, at_least=0.0)
+        _finite("--warmup-ratio", self.warmup_ratio, at_least=0.0, below=1.0)
+        _finite("--max-grad-norm", self.max_grad_norm, at_least=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopConfig:
+    """How long, in what batches, and from which seed."""
+
+    epochs: int = 3
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Optimizer steps; given, it decides instead of ``epochs``."""
+    batch_size: int = 8
+    """Rows in one forward pass."""
+    grad_accumulation: int = 1
+    """Forward passes in one optimizer step."""
+    seed: int = 0
+    """Of A's start, the dropout, the split and the order of the rows."""
+    log_every: int = 10
+    """Steps between two lines of progress where the output is no terminal."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--epochs", self.epochs),
+            ("--batch-size", self.batch_size),
+            ("--grad-accumulation", self.grad_accumulation),
+            ("--log-every", self.log_every),
+        ):
+            _at_least(flag, value, 1)
+        if self.max_steps is not None:
+            _at_least("--max-steps", self.max_steps, 1)
+        _at_least("--seed", self.seed, 0)
+        if self.seed >= 1 << 63:
+            raise TrainingError(f"--seed must be below 2**63, not {self.seed}")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputConfig:
+    """Where the adapter goes."""
+
+    directory: Path
+    """The adapter's directory; its last name is the adapter's name."""
+    overwrite: bool = False
+    """Whether a directory that holds something else than an adapter may be written into."""
+    save_dtype: SaveDtype = "float32"
+    """Of A and B in the file."""
+
+    def __post_init__(self) -> None:
+        _one_of("--save-dtype", self.save_dtype, get_args(SaveDtype))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """Everything that a training run is told."""
+
+    data: DataConfig
+    output: OutputConfig
+    model: str = EMBEDDED_MODEL
+    """Anything that ``lorax_serve.model.source.resolve_model`` takes."""
+    device: Device = "auto"
+    """``auto`` is cuda where there is one."""
+    dtype: DtypeName = "auto"
+    """Of the frozen base; ``auto`` is bfloat16 where the hardware multiplies it."""
+    lora: InjectionConfig = field(default_factory=InjectionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("--device", self.device, get_args(Device))
+        _one_of("--dtype", self.dtype, get_args(DtypeName))
+
+
+def _at_least(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise TrainingError(f"{flag} must be at least {least}, not {value}")
+
+
+def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise TrainingError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _finite(
+    flag: str,
+    value: float,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    if math.isfinite(value) and at_least <= value and above < value < below:
+        return
+    bounds = [f"at least {at_least:g}"] if math.isfinite(at_least) else []
+    bounds += [f"above {above:g}"] if math.isfinite(above) else []
+    bounds += [f"below {below:g}"] if math.isfinite(below) else []
+    raise TrainingError(f"{flag} must be a number {' and '.join(bounds)}, not {value}")

@@ -1,0 +1,143 @@
+"""How much memory a run takes, before it takes it.
+
+The terms, in bytes, for n trained numbers, e bytes an element of the base, and a largest batch of
+T tokens (padding included) with K targets:
+
+- weights: the base's parameters and buffers, each storage once;
+- adapter: ``n * (8 + e)``, values and gradients in float32 and the copy cast for the products;
+- optimizer: ``n * 8``, Adam's two float32 moments;
+- activations: ``T *`` what autograd keeps for one token, which is measured on this model;
+- logits: ``K * vocabulary * (12 + 2 e)``: logits and their gradient in the base's dtype, and in
+  float32 the logits, their log-softmax and its gradient.
+
+Not counted: torch itself, and temporary tensors of single operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lorax_train.base import vocabulary_size
+from lorax_train.batches import collate
+from lorax_train.encode import Example
+from lorax_train.inject import TrainableLoRA
+from lorax_train.loss import TargetLoss
+
+__all__ = ["MemoryEstimate", "available_memory", "estimate"]
+
+_PROBE_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes by purpose; see the module's docstring for the formulas."""
+
+    weights: int
+    adapter: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def to_come(self) -> int:
+        """What is still to be allocated once the weights are loaded."""
+        return self.total - self.weights
+
+
+def estimate(
+    model: PreTrainedModel,
+    adapter: TrainableLoRA,
+    loss: TargetLoss,
+    examples: Sequence[Example],
+    batch_size: int,
+) -> MemoryEstimate:
+    """Estimate a run whose largest batch is the ``batch_size`` longest examples."""
+    largest = sorted(examples, key=lambda example: len(example.tokens))[-batch_size:]
+    tokens = len(largest) * len(largest[-1].tokens)
+    targets = tokens
+    if loss.head_on_targets:
+        targets = sum(sorted(example.n_targets for example in examples)[-batch_size:])
+    trained = set(map(id, adapter.parameters()))
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+        if id(tensor) not in trained
+    }
+    size = model.dtype.itemsize
+    return MemoryEstimate(
+        weights=sum(storages.values()),
+        adapter=adapter.n_parameters * (8 + size),
+        optimizer=adapter.n_parameters * 8,
+        activations=int(tokens * _activation_bytes_per_token(model, loss, largest[-1])),
+        logits=targets * vocabulary_size(model) * (12 + 2 * size),
+    )
+
+
+def _activation_bytes_per_token(
+    model: PreTrainedModel, loss: TargetLoss, longest: Example
+) -> float:
+    """The slope between two lengths, so that what does not grow with the tokens falls out."""
+    long = min(max(2, len(longest.tokens)), _PROBE_TOKENS)
+    short = long // 2
+    kept = [_kept_for_backward(model, loss, longest.tokens[:n]) for n in (short, long)]
+    return (kept[1] - kept[0]) / (long - short)
+
+
+def _kept_for_backward(model: PreTrainedModel, loss: TargetLoss, tokens: tuple[int, ...]) -> int:
+    """Bytes of the storages that autograd keeps after one row's forward pass to the hidden states.
+
+    A model that does not part with its hidden states is measured up to its logits.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # kept alive, so that no address comes twice
+        return tensor
+
+    row = collate([Example(tokens, (False,) * len(tokens), "")], 0).to(model.device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = loss.hidden(row) if loss.head_on_targets else loss.all_logits(row)
+    del out
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on ``device``; None where the system does not say."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    found = [size for size in (_free_of_machine(), _free_of_container()) if size is not None]
+    return min(found, default=None)
+
+
+def _free_of_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return next((int(size) * 1024 for size in sizes), None)
+
+
+def _free_of_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the memory limit of a container (cgroup v2) leaves; file cache is given back."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if limit == "max":
+        return None
+    return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))

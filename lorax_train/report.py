@@ -1,0 +1,105 @@
+"""What is shown before the first step and after the last."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from lorax_train.base import Tokenizer
+from lorax_train.config import TrainConfig
+from lorax_train.console import Console, size
+from lorax_train.encode import Example
+from lorax_train.estimate import MemoryEstimate
+from lorax_train.inject import TrainableLoRA
+from lorax_train.trainer import Trainer
+
+__all__ = ["mark", "show_example", "show_memory", "show_plan", "show_serving"]
+
+_SHOWN_TOKENS = 200
+
+
+def show_plan(
+    console: Console,
+    config: TrainConfig,
+    adapter: TrainableLoRA,
+    trainer: Trainer,
+    base_parameters: int,
+    dtype: torch.dtype,
+) -> None:
+    """What is trained, on what, and for how long."""
+    n = adapter.n_parameters
+    total = n + base_parameters
+    file_bytes = n * (4 if config.output.save_dtype == "float32" else 2)
+    lora, loop = adapter.config, config.loop
+    tokens = sum(len(example.tokens) for example in trainer.examples)
+    targets = sum(example.n_targets for example in trainer.examples)
+    rows = f"{len(trainer.examples)} to train on"
+    rows += f", {len(trainer.held_out)} held out" if trainer.held_out else ""
+    device = trainer.parameters[0].device.type
+    scale = adapter.config.scale_for(next(iter(adapter.layers)))
+    console.line(f"model      {config.model} ({str(dtype).removeprefix('torch.')} on {device})")
+    console.line(
+        f"adapter    rank {lora.r}, alpha {lora.lora_alpha:g}, scale {scale:g}, on "
+        f"{len(adapter.layers)} modules: {', '.join(_shorten(lora.target_modules))}"
+    )
+    console.line(f"parameters {n:,} trainable of {total:,} ({n / total:.2%}), {size(file_bytes)}")
+    console.line(f"rows       {rows}; {tokens:,} tokens, {targets:,} of them learned")
+    console.line(
+        f"steps      {trainer.total_steps} of {loop.batch_size * loop.grad_accumulation} rows "
+        f"({trainer.steps_per_epoch} an epoch)"
+    )
+
+
+def show_example(console: Console, example: Example, tokenizer: Tokenizer) -> None:
+    """One row as the model sees it."""
+    legend = "dim" if console.is_terminal else "in ⟦⟧"
+    console.line(f"example    {example.where}; what is {legend} is read, the rest is learned:")
+    console.line(mark(console, example, tokenizer))
+
+
+def mark(console: Console, example: Example, tokenizer: Tokenizer) -> str:
+    """The decoded row, with what is not learned set apart; a long one is cut short."""
+    shown = list(zip(example.tokens, example.trained, strict=True))[:_SHOWN_TOKENS]
+    parts = []
+    for trained, group in groupby(shown, key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in group])
+        parts.append(text if trained else console.quiet(text))
+    left = len(example.tokens) - len(shown)
+    return "".join(parts) + (f" … ({left} more tokens)" if left else "")
+
+
+def show_memory(console: Console, need: MemoryEstimate, available: int | None) -> None:
+    """The memory estimate; a warning with what to change if there is not enough."""
+    console.line(
+        f"memory     about {size(need.total)}: weights {size(need.weights)} (loaded), adapter and "
+        f"gradients {size(need.adapter)}, optimizer {size(need.optimizer)}, activations "
+        f"{size(need.activations)} and logits {size(need.logits)} of the largest batch"
+    )
+    if available is None:
+        console.line("           (the system does not say how much is available)")
+        return
+    console.line(f"           {size(need.to_come)} more to come; {size(available)} available")
+    if need.to_come > available:
+        console.warn(
+            f"the run is likely to need {size(need.to_come - available)} more memory than there "
+            "is; lower --batch-size (and raise --grad-accumulation by as much, for the same "
+            "result), or lower --max-length"
+        )
+
+
+def show_serving(console: Console, model: str, directory: Path) -> None:
+    """The commands that serve and try the adapter."""
+    out = directory.resolve()
+    parent, name = shlex.quote(str(out.parent)), shlex.quote(out.name)
+    console.line("serve it with:")
+    console.line(f"  lorax-serve --model {shlex.quote(model)} --adapters {parent}")
+    console.line(f'  lorax generate --adapter {name} "PROMPT"')
+
+
+def _shorten(names: Sequence[str], shown: int = 8) -> list[str]:
+    more = [f"{len(names) - shown} more"] if len(names) > shown else []
+    return [*names[:shown], *more]
