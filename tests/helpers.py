@@ -1,0 +1,74 @@
+"""Makers of tiny models and of PEFT adapters, for golden tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+TINY_LLAMA = LlamaConfig(
+    vocab_size=128,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+)
+
+
+def save_tiny_model(directory: Path, config: PreTrainedConfig, seed: int = 7) -> None:
+    """Write a random model of ``config`` in float32, and a tokenizer of words ``w0 .. w127``.
+
+    Weights are larger than transformers' own initialisation makes them, so that logits differ
+    visibly and a mistake cannot hide in noise.
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.12)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(directory)
+    words = {f"w{i}": i for i in range(128)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="w1", eos_token="w2", pad_token="w0", unk_token="w3"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}w4 {{ m['role'] }} {{ m['content'] }} w2 {% endfor %}"
+        "{% if add_generation_prompt %}w4 {% endif %}"
+    )
+    tokenizer.save_pretrained(directory)
+
+
+def save_peft_adapter(model: Path, directory: Path, **config: Any) -> Path:
+    """Have PEFT write an adapter for ``model`` with random, non-zero A and B."""
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    peft_model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config))
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.15)
+    peft_model.save_pretrained(directory)
+    return directory
