@@ -98,7 +98,7 @@ def prompt(text_or_ids_or_chat: Prompt) -> dict[str, Any]:
     """
     if isinstance(text_or_ids_or_chat, str):
         return {"text": text_or_ids_or_chat}
-    parts = list(text_or_ids_or_chat)
+    parts: list[Any] = list(text_or_ids_or_chat)
     try:
         if parts and isinstance(parts[0], Mapping):
             return {"chat": pb.ChatMessages(messages=[pb.ChatMessage(**part) for part in parts])}

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 import grpc
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lorax_serve.config import EngineConfig, ServerConfig
@@ -152,7 +152,7 @@ class Server:
             metrics_server = MetricsServer(self.metrics, host, metrics_port)
             self._cleanup.push_async_callback(metrics_server.stop)
             self.metrics_port = metrics_server.port
-        health.health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._grpc)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(self._adapters, self._grpc)
         reflection.enable_server_reflection(

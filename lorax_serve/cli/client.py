@@ -1,0 +1,195 @@
+"""``lorax``: talk to a server from a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lorax_serve import __version__
+from lorax_serve.errors import LoraxError
+
+__all__ = ["main"]
+
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0 if it worked, 1 after an error of the server or the request, 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(argv)
+    from lorax_serve.client import Client
+
+    try:
+        with Client(options.server, timeout=options.timeout) as client:
+            options.run(client, options)
+    except LoraxError as error:
+        print(f"lorax: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _generate(client: Any, options: argparse.Namespace) -> None:
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if options.chat:
+        prompt = [{"role": "user", "content": prompt}]
+    _show(client.stream(prompt, adapter=options.adapter, **_sampling(options)), options.verbose)
+
+
+def _chat(client: Any, options: argparse.Namespace) -> None:
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    print("An empty line or Ctrl-D ends the chat.", file=sys.stderr)
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if not said:
+            return
+        messages.append({"role": "user", "content": said})
+        chunks = client.stream(messages, adapter=options.adapter, **_sampling(options))
+        messages.append({"role": "assistant", "content": _show(chunks, options.verbose)})
+
+
+def _show(chunks: Iterable[Any], verbose: bool) -> str:
+    """Print a stream as it comes; returns the text."""
+    text, last = "", None
+    for last in chunks:
+        text += last.text
+        print(last.text, end="", flush=True)
+    print()
+    if verbose and last is not None:
+        by = f"{last.adapter}@{last.adapter_digest[:12]}" if last.adapter else "the base model"
+        print(
+            f"[{by}; {last.input_token_count} + {last.generated_token_count} tokens; "
+            f"{last.stop_reason.name.lower()}; seed {last.seed}]",
+            file=sys.stderr,
+        )
+    return text
+
+
+def _list(client: Any, options: argparse.Namespace) -> None:
+    rows = [
+        ("NAME", "STATE", "VERSION", "RANK", "MODULES", "BYTES", "ACTIVE", "REQUESTS", "DIGEST"),
+        *(
+            (
+                each.name,
+                each.state,
+                str(each.version),
+                str(each.rank),
+                str(each.module_count),
+                str(each.host_bytes),
+                str(each.active_requests),
+                str(each.total_requests),
+                each.digest[:12],
+            )
+            for each in client.list_adapters()
+        ),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def _load(client: Any, options: argparse.Namespace) -> None:
+    adapter = client.load_adapter(options.name, options.path)
+    print(
+        f"{adapter.name}: version {adapter.version}, rank {adapter.rank} on "
+        f"{adapter.module_count} modules, {adapter.host_bytes} bytes, digest {adapter.digest}"
+    )
+
+
+def _unload(client: Any, options: argparse.Namespace) -> None:
+    print(f"{options.name}: unloaded, {client.unload_adapter(options.name)} bytes freed")
+
+
+def _info(client: Any, options: argparse.Namespace) -> None:
+    model = client.model_info()
+    print(f"model       {model.model} ({model.num_parameters:,} parameters)")
+    print(f"runs in     {model.dtype} on {model.device}")
+    print(f"sequences   up to {model.max_sequence_length} tokens")
+    print(f"server      lorax-serve {model.server_version}")
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in _SAMPLING if hasattr(options, name)}
+
+
+_SAMPLING: dict[str, tuple[type, str]] = {
+    "max_new_tokens": (int, "most tokens to generate (default: 256)"),
+    "temperature": (float, "0 is greedy (default: 1 with --top-k or --top-p, else 0)"),
+    "top_k": (int, "keep the k most probable tokens"),
+    "top_p": (float, "keep the most probable tokens up to this mass"),
+    "seed": (int, "repeat a draw"),
+    "repetition_penalty": (float, "above 1 discourages repetition"),
+    "stop": (str, "text that ends the generation; may be given several times"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lorax", description="Talk to a lorax-serve server.")
+    parser.add_argument("--version", action="version", version=f"lorax {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--server",
+        metavar="HOST:PORT",
+        default=os.environ.get("LORAX_SERVER", "localhost:50051"),
+        help="default: $LORAX_SERVER, else localhost:50051",
+    )
+    common.add_argument("--timeout", type=float, metavar="SECONDS", help="for each call")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", parents=[common], help="generate text")
+    generate.add_argument("prompt", help="the prompt; - reads it from standard input")
+    generate.add_argument(
+        "--chat", action="store_true", help="send it as a user's message through the chat template"
+    )
+    generate.set_defaults(run=_generate)
+    chat = commands.add_parser("chat", parents=[common], help="chat, turn by turn")
+    chat.add_argument("--system", help="the system message")
+    chat.set_defaults(run=_chat)
+    for command in (generate, chat):
+        command.add_argument("--adapter", metavar="NAME", help="default: the base model")
+        command.add_argument(
+            "-v", "--verbose", action="store_true", help="say what answered, and how it ended"
+        )
+        for name, (kind, text) in _SAMPLING.items():
+            command.add_argument(
+                f"--{name.replace('_', '-')}",
+                type=kind,
+                help=text,
+                action="append" if name == "stop" else "store",
+                default=argparse.SUPPRESS,
+            )
+    info = commands.add_parser("info", parents=[common], help="describe the server's model")
+    info.set_defaults(run=_info)
+
+    adapters = commands.add_parser("adapters", help="list, load and unload adapters")
+    actions = adapters.add_subparsers(required=True, metavar="ACTION")
+    each = actions.add_parser("list", parents=[common], help="what is loaded")
+    each.set_defaults(run=_list)
+    load = actions.add_parser("load", parents=[common], help="load or replace an adapter")
+    load.add_argument("name", help="what requests will call it")
+    load.add_argument("path", nargs="?", help="inside the server's --adapters (default: the name)")
+    load.set_defaults(run=_load)
+    unload = actions.add_parser("unload", parents=[common], help="drain and free an adapter")
+    unload.add_argument("name")
+    unload.set_defaults(run=_unload)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
