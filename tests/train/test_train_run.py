@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lorax_serve.adapter import read
+from lorax_serve.errors import TrainingError
+from lorax_train.config import (
+    DataConfig,
+    InjectionConfig,
+    LoopConfig,
+    OptimizerConfig,
+    OutputConfig,
+    TrainConfig,
+)
+from lorax_train.console import Console
+from lorax_train.run import train
+
+Rows = list[dict[str, Any]]
+Configure = Callable[..., TrainConfig]
+WriteRows = Callable[..., Path]
+
+
+def silent() -> Console:
+    return Console(io.StringIO())
+
+
+@pytest.mark.parametrize(
+    ("base", "lora"),
+    [
+        ("llama", InjectionConfig(r=4)),
+        ("llama", InjectionConfig(r=3, alpha=5, rslora=True, targets="q_proj,down_proj")),
+        ("llama", InjectionConfig(r=2, targets=r"regex:.*\.1\..*(q_proj|up_proj)")),
+        ("gpt2", InjectionConfig(r=4, dropout=0.1)),
+        ("gpt2", InjectionConfig(r=2, targets="qkv", init="gaussian")),
+        ("gemma2", InjectionConfig(r=4)),
+    ],
+    indirect=["base"],
+)
+def test_peft_loads_the_files_and_computes_what_was_trained(
+    base: Path, lora: InjectionConfig, configure: Configure, write_rows: WriteRows, pairs: Rows
+) -> None:
+    result = train(configure(base, write_rows(pairs), lora=lora), silent())
+    assert result.directory is not None
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokens = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        before = plain(input_ids=tokens).logits
+        loaded = PeftModel.from_pretrained(plain, result.directory).eval()
+        theirs = loaded(input_ids=tokens).logits
+        result.adapter.train(False)
+        ours = result.model(input_ids=tokens).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (ours - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("lora", [InjectionConfig(), InjectionConfig(dropout=0.1)])
+def test_the_same_seed_gives_the_same_bytes(
+    lora: InjectionConfig, llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
+) -> None:
+    data = write_rows(pairs)
+    files = []
+    for out, seed in (("a", 7), ("b", 7), ("c", 8)):
+        loop = LoopConfig(max_steps=3, batch_size=4, seed=seed)
+        directory = train(configure(llama, data, out=out, lora=lora, loop=loop), silent()).directory
+        assert directory is not None
+        files.append((directory / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+def test_accumulating_two_batches_of_four_equals_one_of_eight(
+    llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
+) -> None:
+    data = write_rows(pairs)
+    tensors = []
+    for out, rows, times in (("a", 8, 1), ("b", 4, 2)):
+        loop = LoopConfig(epochs=2, batch_size=rows, grad_accumulation=times)
+        result = train(configure(llama, data, out=out, loop=loop), silent())
+        assert result.record.steps == 4
+        tensors.append(result.adapter.tensors(torch.float32))
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensors[1][name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_a_small_set_is_learned_by_heart(
+    llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
+) -> None:
+    data = DataConfig(write_rows(pairs[:4]), eval_file=write_rows(pairs[:4], "eval.jsonl"))
+    record = train(configure(llama, data, steps=60), silent()).record
+    assert record.eval_losses[0] > 3
+    assert record.eval_losses[-1] < 0.1
+    assert len(record.eval_losses) == 61  # before, and after each epoch of one step
+    assert record.tokens_per_second > 0
+
+
+def test_other_formats_train_too(llama: Path, configure: Configure, write_rows: WriteRows) -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    for i, row in enumerate(({"messages": chat}, {"text": "some text"})):
+        record = train(configure(llama, write_rows([row] * 4), out=f"o{i}"), silent()).record
+        assert record.steps == 3
+
+
+def test_the_files_say_where_they_come_from(
+    llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
+) -> None:
+    data = DataConfig(write_rows(pairs), eval_split=0.25)
+    config = configure(llama, data)
+    out = dataclasses.replace(config.output, save_dtype="bfloat16")
+    result = train(dataclasses.replace(config, output=out), silent())
+    files = read(config.output.directory)
+    assert {tensor.dtype for tensor in files.tensors.values()} == {torch.bfloat16}
+    assert files.config.base_model_name_or_path == str(llama)
+    assert files.config.task_type == "CAUSAL_LM"
+    assert files.config.target_modules == (
+        *("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"),
+    )
+    weights = config.output.directory / "adapter_model.safetensors"
+    with safetensors.safe_open(weights, "pt") as file:
+        header = file.metadata()
+    assert header["producer"].startswith("lorax-train ")
+    assert header["base_model"] == str(llama)
+    assert (header["seed"], header["steps"], len(header["data_sha256"])) == ("0", "3", 64)
+    assert float(header["train_loss"]) == pytest.approx(result.record.train_loss, abs=1e-6)
+    assert float(header["eval_loss"]) == pytest.approx(result.record.eval_losses[-1], abs=1e-6)
+    card = (config.output.directory / "README.md").read_text()
+    assert card.startswith(f"---\nbase_model: {json.dumps(str(llama))}\nlibrary_name: peft\n")
+    assert f"| held-out loss after | {result.record.eval_losses[-1]:.4f} |" in card
+
+
+def test_ctrl_c_saves_what_was_learned(
+    llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
+) -> None:
+    class Impatient(Console):
+        def step(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
+            if step == 2:
+                raise KeyboardInterrupt
+
+    stream = io.StringIO()
+    result = train(configure(llama, write_rows(pairs), steps=50), Impatient(stream))
+    assert result.record.interrupted
+    assert result.record.steps == 2
+    assert "interrupted; saved what there is: 2 steps" in stream.getvalue()
+    assert result.directory is not None
+    assert any(tensor.abs().max() > 0 for n, tensor in read(result.directory).tensors.items())
+    assert "2 (interrupted)" in (result.directory / "README.md").read_text()
+
+
+def test_ctrl_c_before_the_first_step_saves_nothing(
+    llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
+) -> None:
+    class MoreImpatient(Console):
+        def start(self, total_steps: int, log_every: int) -> None:
+            raise KeyboardInterrupt
+
+    config = configure(llama, write_rows(pairs))
+    assert train(config, MoreImpatient(io.StringIO())).directory is None
+    assert not config.output.directory.exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
+) -> None:
+    config = configure(llama, write_rows(pairs), optimizer=OptimizerConfig(lr=1e30))
+    with pytest.raises(TrainingError, match=r"step \d: the .* not a finite number.*lower --lr"):
+        train(config, silent())
+    assert not config.output.directory.exists()
+
+
+def test_rows_that_do_not_fit_the_model_are_refused(
+    llama: Path, configure: Configure, write_rows: WriteRows
+) -> None:
+    data = write_rows([{"text": "x" * 200}])
+    with pytest.raises(TrainingError, match=r"line 1: 201 tokens, but .* has 128 positions"):
+        train(configure(llama, data), silent())
+
+
+def test_a_split_needs_rows_to_train_on(
+    llama: Path, configure: Configure, write_rows: WriteRows
+) -> None:
+    data = DataConfig(write_rows([{"text": "x"}]), eval_split=0.5)
+    with pytest.raises(TrainingError, match="--eval-split needs at least two rows"):
+        train(configure(llama, data), silent())
+
+
+def test_an_output_that_would_lose_something_is_refused_before_the_data_is_read(
+    llama: Path, configure: Configure, tmp_path: Path
+) -> None:
+    def attempt(directory: Path, overwrite: bool = False) -> None:
+        output = OutputConfig(directory, overwrite)
+        train(configure(llama, tmp_path / "no-such-rows", output=output), silent())
+
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(TrainingError, match=r"--out .*file is a file"):
+        attempt(tmp_path / "file")
+    with pytest.raises(TrainingError, match=r"--out .*below cannot be written"):
+        attempt(tmp_path / "file" / "below")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    with pytest.raises(TrainingError, match=r"something else than an adapter \(thesis.txt\).*--ov"):
+        attempt(tmp_path / "full")
+    for fine, overwrite in ((tmp_path / "full", True), (tmp_path / "new" / "deep", False)):
+        with pytest.raises(TrainingError, match="no-such-rows cannot be read"):
+            attempt(fine, overwrite)
+    (tmp_path / "full" / "adapter_config.json").write_text("{}")
+    with pytest.raises(TrainingError, match="no-such-rows cannot be read"):
+        attempt(tmp_path / "full")
