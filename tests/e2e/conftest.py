@@ -1,0 +1,37 @@
+"""A real server with a real engine process, on free ports."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorax_serve.config import EngineConfig, ServerConfig
+from lorax_serve.server.app import Server
+
+StartServer = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture
+async def start_server(tiny_model: Path) -> AsyncIterator[StartServer]:
+    """Start servers of the tiny model (or ``model``) in float32; all stop after the test."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            adapters: Path | None = None, model: Path | str = tiny_model, **engine: Any
+        ) -> Server:
+            settings = {"model": str(model), "dtype": "float32", "threads": 2, **engine}
+            config = ServerConfig(
+                engine=EngineConfig(**settings),
+                host="127.0.0.1",
+                port=0,
+                metrics_port=0,
+                adapters=adapters,
+                drain_seconds=20,
+            )
+            return await stack.enter_async_context(Server(config))
+
+        yield start
