@@ -27,7 +27,14 @@ from lorax_serve.client import AsyncClient
 DATA = Path(__file__).parent / "data"
 TASKS = ("triage", "dates")
 MODELS = (None, *TASKS)
-TRAINING = "--r 16 --lr 2e-3 --schedule linear --batch-size 8 --epochs 2 --seed 1".split()
+TRAINING = {
+    "--r": "16",
+    "--lr": "2e-3",
+    "--schedule": "linear",
+    "--batch-size": "8",
+    "--epochs": "2",
+    "--seed": "1",
+}
 NEEDED_GAIN = 0.5
 MAX_NEW_TOKENS = 16
 IN_FLIGHT = 48
@@ -51,7 +58,8 @@ def train(task: str, adapters: Path) -> None:
     print(f"\n== train {task}", flush=True)
     command = [sys.executable, "-m", "lorax_train"]
     command += ["--data", str(DATA / task / "train.jsonl"), "--out", str(adapters / task)]
-    subprocess.run([*command, *TRAINING], check=True)
+    command += [part for option in TRAINING.items() for part in option]
+    subprocess.run(command, check=True)
 
 
 @asynccontextmanager
@@ -88,7 +96,7 @@ async def side_by_side(client: AsyncClient, shown: list[Question]) -> None:
     print("\n== the same prompts, streamed from base and both adapters at once")
     for question in shown:
         print("\n" + question.prompt)
-        texts = {name: "" for name in MODELS}
+        texts = dict.fromkeys(MODELS, "")
 
         def row(texts: dict[str | None, str] = texts) -> str:
             cells = (f"{name or 'base'}: {' '.join(text.split())}" for name, text in texts.items())

@@ -37,7 +37,8 @@ def save_tiny_model(directory: Path, config: PreTrainedConfig, seed: int = 7) ->
     visibly and a mistake cannot hide in noise.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -50,7 +51,8 @@ def save_tiny_model(directory: Path, config: PreTrainedConfig, seed: int = 7) ->
     words = {f"w{i}": i for i in range(128)}
     backend = Tokenizer(models.WordLevel(words, unk_token="w3"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    fast: Any = PreTrainedTokenizerFast
+    tokenizer = fast(
         tokenizer_object=backend, bos_token="w1", eos_token="w2", pad_token="w0", unk_token="w3"
     )
     tokenizer.chat_template = (

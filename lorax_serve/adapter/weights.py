@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from lorax_serve.adapter.config import LoRAConfig
 from lorax_serve.adapter.targets import LinearShape, select_targets
 from lorax_serve.errors import AdapterRejected, RejectReason
 
-__all__ = ["LoRAPair", "LoRAWeights", "match_weights", "tensor_name"]
+__all__ = ["LoRAPair", "LoRAWeights", "first_not_finite", "match_weights", "tensor_name"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
@@ -81,16 +81,33 @@ def match_weights(
     if not tensors:
         raise AdapterRejected(RejectReason.MISSING_TENSOR, "the weights file holds no tensors")
     targets = select_targets(config, modules)
-    expected = {tensor_name(path, side) for path in targets for side in "AB"}
-    _refuse_unexpected(config, sorted(tensors.keys() - expected), modules)
-    missing = sorted(expected - tensors.keys())
+    expected = [tensor_name(path, side) for path in targets for side in "AB"]
+    _refuse_unexpected(config, sorted(tensors.keys() - set(expected)), modules)
+    missing = [name for name in expected if name not in tensors]
     if missing:
         raise AdapterRejected(
             RejectReason.MISSING_TENSOR,
             f"{missing[0]} is missing, but target_modules selects its module "
             f"({len(missing)} of {len(expected)} tensors are missing)",
         )
-    return LoRAWeights({path: _pair(config, path, modules[path], tensors) for path in targets})
+    pairs = {path: _pair(config, path, modules[path], tensors) for path in targets}
+    bad = first_not_finite([tensors[name] for name in expected])
+    if bad is not None:
+        name = next(name for name in expected if tensors[name] is bad)
+        raise AdapterRejected(RejectReason.NOT_FINITE, f"{name} holds NaN or infinity")
+    return LoRAWeights(pairs)
+
+
+def first_not_finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The first of the tensors that holds NaN or infinity, if one does.
+
+    All are looked at in two calls: a call a tensor, on a thread beside a busy one, waits for the
+    interpreter's lock hundreds of times.
+    """
+    largest = torch.stack(torch._foreach_norm(tensors, torch.inf)).float()
+    if bool(torch.isfinite(largest).all()):
+        return None
+    return next(t for t in tensors if not bool(torch.isfinite(t).all()))
 
 
 def _refuse_unexpected(
@@ -149,6 +166,4 @@ def _pair(
                 f"{name} has rank {tensor.shape[rank_axis]}, but adapter_config.json gives "
                 f"r={rank} for {path}: its scale would be wrong",
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterRejected(RejectReason.NOT_FINITE, f"{name} holds NaN or infinity")
     return LoRAPair(a, b, config.scale_for(path))

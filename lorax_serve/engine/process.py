@@ -39,7 +39,7 @@ def main(config: EngineConfig, link: socket.socket) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     # While it reads an adapter, the loading thread must not hold up the steps for long.
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(0.0001)
     inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
     threading.Thread(target=_read_commands, args=(link, inbox), daemon=True).start()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server is gone

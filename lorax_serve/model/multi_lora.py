@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lorax_serve.adapter import LoRAWeights
+from lorax_serve.adapter.weights import first_not_finite
 from lorax_serve.core import BASE
 from lorax_serve.errors import AdapterRejected, RejectReason
 from lorax_serve.model.lora_ops import (
@@ -39,7 +40,16 @@ def fold(weights: LoRAWeights, sites: Sequence[Site], dtype: torch.dtype) -> Ada
             raise AdapterRejected(
                 RejectReason.UNSUPPORTED, f"LoRA on {path} is not applied yet; retrain without it"
             )
-    return tuple(_fold_site(weights, site, dtype) for site in sites)
+    folded = tuple(_fold_site(weights, site, dtype) for site in sites)
+    used = [site for site in folded if site is not None]
+    bad = first_not_finite([t for site in used for t in (site.a, *(b for _, _, b in site.parts))])
+    if bad is not None:
+        raise AdapterRejected(
+            RejectReason.NOT_FINITE,
+            f"the weights overflow {dtype} once B is scaled by "
+            f"{max(pair.scale for pair in weights.pairs.values()):g} (lora_alpha, r)",
+        )
+    return folded
 
 
 def _fold_site(weights: LoRAWeights, site: Site, dtype: torch.dtype) -> SiteLoRA | None:
@@ -48,18 +58,12 @@ def _fold_site(weights: LoRAWeights, site: Site, dtype: torch.dtype) -> SiteLoRA
         pair = weights.pairs.get(part.path)
         if pair is None:
             continue
-        b = (pair.b.float() * pair.scale).to(dtype).T.contiguous()
-        a = pair.a.to(dtype)
-        if not bool(torch.isfinite(b).all() and torch.isfinite(a).all()):
-            raise AdapterRejected(
-                RejectReason.NOT_FINITE,
-                f"LoRA on {part.path}: scaled by {pair.scale:g}, its weights overflow {dtype}",
-            )
-        blocks.append(a)
+        b = (pair.b.T.float() * pair.scale).to(dtype, memory_format=torch.contiguous_format)
+        blocks.append(pair.a)
         rows = slice(first, first + pair.rank)
         parts.append((rows, slice(part.start, part.start + part.length), b))
         first += pair.rank
-    return SiteLoRA(torch.cat(blocks), tuple(parts)) if blocks else None
+    return SiteLoRA(torch.cat(blocks).to(dtype), tuple(parts)) if blocks else None
 
 
 @dataclass(slots=True)

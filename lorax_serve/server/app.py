@@ -132,6 +132,7 @@ class Server:
         await self._health.enter_graceful_shutdown()
         if not await self._generator.drain(self._config.drain_seconds):
             log.warning("requests still ran after %g s", self._config.drain_seconds)
+            await self._grpc.stop(None)  # which cancels them
         await self._cleanup.aclose()
 
     async def __aenter__(self) -> Server:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from lorax_serve.errors import (
     AdapterConflict,
@@ -82,34 +83,39 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(_ALWAYS_OPEN):
             return handler
+        # The handlers get raw messages: gRPC answers garbage with UNKNOWN and a traceback in the log.
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._guarded(handler.unary_stream),
-                handler.request_deserializer,
-                handler.response_serializer,
+                self._guarded(handler.unary_stream, handler.request_deserializer),
+                response_serializer=handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._guarded(handler.unary_unary),
-            handler.request_deserializer,
-            handler.response_serializer,
+            self._guarded(handler.unary_unary, handler.request_deserializer),
+            response_serializer=handler.response_serializer,
         )
 
     def _guarded(
-        self, method: Callable[[Any, Any], Awaitable[Any]]
-    ) -> Callable[[Any, Any], Awaitable[Any]]:
-        async def call(request: Any, context: Any) -> Any:
+        self,
+        method: Callable[[Any, Any], Awaitable[Any]],
+        deserialize: Callable[[bytes], Any],
+    ) -> Callable[[bytes, Any], Awaitable[Any]]:
+        async def call(message: bytes, context: Any) -> Any:
             try:
                 if self._closed is not None:
                     raise Draining(self._closed)
+                try:
+                    request = deserialize(message)
+                except DecodeError as error:
+                    raise InvalidRequest("the message is no valid protobuf") from error
                 return await method(request, context)
             except LoraxError as error:
-                code, message, trailing = status_of(error)
+                code, text, trailing = status_of(error)
                 if isinstance(error, EngineFailed) and self._closed is not None:
                     code = grpc.StatusCode.UNAVAILABLE
             except Exception:
                 log.exception("a call failed")
-                code, message, trailing = grpc.StatusCode.INTERNAL, "internal error", ()
+                code, text, trailing = grpc.StatusCode.INTERNAL, "internal error", ()
             self._on_error(code.name)
-            await context.abort(code, message, trailing)
+            await context.abort(code, text, trailing)
 
         return call

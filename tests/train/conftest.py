@@ -36,7 +36,7 @@ def _save(model: PreTrainedModel, directory: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:  # larger than usual, so that LoRA's part of the logits is seen
-            parameter.data.normal_(std=0.15, generator=generator)
+            parameter.data.normal_(std=0.3, generator=generator)
     model.save_pretrained(directory)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = RawTokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
