@@ -33,7 +33,7 @@ proto: setup
 	$(BIN)/python proto/generate.py
 
 bench: setup
-	$(BIN)/python benchmarks/demo_workload.py --out benchmarks/results
+	$(BIN)/python -m benchmarks.demo_workload
 
 # On a machine with a CUDA device, in an environment that has torch, triton, transformers and peft.
 gpu-check:

@@ -79,11 +79,12 @@ def show_memory(console: Console, need: MemoryEstimate, available: int | None) -
         f"gradients {size(need.adapter)}, optimizer {size(need.optimizer)}, activations "
         f"{size(need.activations)} and logits {size(need.logits)} of the largest batch"
     )
-    if available is None:
-        console.line("           (the system does not say how much is available)")
-        return
-    console.line(f"           {size(need.to_come)} more to come; {size(available)} available")
-    if need.to_come > available:
+    free = "the system does not say how much is" if available is None else size(available)
+    console.line(
+        f"           (assuming Adam in float32 and no padding beyond the longest row; torch's own "
+        f"few hundred MB come on top); {size(need.to_come)} still to allocate, {free} available"
+    )
+    if available is not None and need.to_come > available:
         console.warn(
             f"the run is likely to need {size(need.to_come - available)} more memory than there "
             "is; lower --batch-size (and raise --grad-accumulation by as much, for the same "

@@ -104,7 +104,7 @@ def first_not_finite(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     All are looked at in two calls: a call a tensor, on a thread beside a busy one, waits for the
     interpreter's lock hundreds of times.
     """
-    largest = torch.stack(torch._foreach_norm(tensors, torch.inf)).float()
+    largest = torch.stack(torch._foreach_norm(list(tensors), torch.inf)).float()
     if bool(torch.isfinite(largest).all()):
         return None
     return next(t for t in tensors if not bool(torch.isfinite(t).all()))

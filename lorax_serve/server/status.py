@@ -83,7 +83,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(_ALWAYS_OPEN):
             return handler
-        # The handlers get raw messages: gRPC answers garbage with UNKNOWN and a traceback in the log.
+        # Handlers get raw messages: gRPC itself would log garbage with a traceback.
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 self._guarded(handler.unary_stream, handler.request_deserializer),

@@ -44,7 +44,7 @@ def save_byte_tokenizer(directory: Path) -> Path:
 
 def _save(backend: Backend, directory: Path, chat_template: str | None) -> Path:
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         bos_token="<s>",
         eos_token="</s>",

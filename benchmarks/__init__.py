@@ -1,0 +1,1 @@
+"""Measurements: seeded, JSON out, medians. Nothing here is a test."""

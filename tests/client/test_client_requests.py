@@ -1,0 +1,157 @@
+"""What the clients do without a server: arguments, retries, imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from lorax_serve.client import AsyncClient, Client, ServerError, Unavailable
+from lorax_serve.client.requests import channel_options, generate_fields, metadata, prompt
+from lorax_serve.errors import EngineFailed, InvalidRequest
+from lorax_serve.pb.lorax.v1 import generation_pb2 as pb
+from lorax_serve.pb.lorax.v1 import generation_pb2_grpc
+from lorax_serve.server import generation, status
+from lorax_serve.server.app import SERVICES
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed cannot be -1"),
+        ({"seed": 2**64}, "seed cannot be"),
+        ({"max_new_tokens": 1 << 40}, "max_new_tokens cannot be"),
+        ({"top_k": 1.5}, "top_k cannot be 1.5"),
+        ({"temperature": "hot"}, "temperature cannot be 'hot'"),
+        ({"temprature": 1}, "temprature is no option; there are max_new_tokens"),
+    ],
+)
+def test_options_that_cannot_be_sent_are_named(options: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        generate_fields("one", None, options)
+
+
+@pytest.mark.parametrize("bad", [[1.5], [-1], ["one"], [{"role": "user", "text": "hi"}], [None]])
+def test_prompts_that_cannot_be_sent(bad: Any) -> None:
+    with pytest.raises(InvalidRequest, match="prompt must be a string, token ids, or messages"):
+        prompt(bad)
+
+
+def test_metadata_is_sent_where_it_can_be() -> None:
+    assert metadata("poet") == ((generation.ADAPTER_METADATA, "poet"),)
+    assert metadata(None) == metadata("ü") == metadata("a\nb") == ()
+
+
+@pytest.mark.parametrize("retries", [-1, 5])
+def test_retries_are_bounded(retries: int) -> None:
+    with pytest.raises(InvalidRequest, match=r"retries must be in \[0, 4\]"):
+        Client(retries=retries)
+
+
+def test_retries_are_for_services_that_exist() -> None:
+    config = str(dict(channel_options(2))["grpc.service_config"])
+    assert all(service in config for service in SERVICES)
+    assert '"maxAttempts": 3' in config
+    assert "UnloadAdapter" not in config
+
+
+def test_the_client_s_copy_of_the_reject_reason_s_name() -> None:
+    from lorax_serve.client import failures
+
+    assert failures._REJECT_REASON == status.REJECT_REASON
+
+
+class Flaky(generation_pb2_grpc.GenerationServiceServicer):  # type: ignore[misc]
+    """Fails with ``code`` the first ``failures`` times."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.failures = 0
+        self.code = grpc.StatusCode.UNAVAILABLE
+        self.port = 0
+
+    async def ModelInfo(self, request: Any, context: Any) -> Any:
+        self.calls += 1
+        if self.calls <= self.failures:
+            await context.abort(self.code, "not now")
+        return pb.ModelInfoResponse(model="m")
+
+    async def GenerateStream(self, request: Any, context: Any) -> None:
+        self.calls += 1
+        await context.write(pb.GenerateStreamResponse(text="one"))
+        await context.abort(self.code, "lost")
+
+
+@pytest_asyncio.fixture
+async def flaky() -> AsyncIterator[Flaky]:
+    servicer = Flaky()
+    server = grpc.aio.server()
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
+    servicer.port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield servicer
+    await server.stop(None)
+
+
+async def test_unavailable_servers_are_tried_again(flaky: Flaky) -> None:
+    flaky.failures = 1
+    async with AsyncClient(f"127.0.0.1:{flaky.port}", retries=1) as client:
+        assert (await client.model_info()).model == "m"
+    assert flaky.calls == 2
+
+
+async def test_no_retries_if_none_are_wanted(flaky: Flaky) -> None:
+    flaky.failures = 1
+    async with AsyncClient(f"127.0.0.1:{flaky.port}", retries=0) as client:
+        with pytest.raises(Unavailable, match="not now"):
+            await client.model_info()
+    assert flaky.calls == 1
+
+
+async def test_other_errors_are_not_tried_again(flaky: Flaky) -> None:
+    flaky.failures = 1
+    flaky.code = grpc.StatusCode.INTERNAL
+    async with AsyncClient(f"127.0.0.1:{flaky.port}") as client:
+        with pytest.raises(EngineFailed, match="not now"):
+            await client.model_info()
+    assert flaky.calls == 1
+
+
+async def test_a_stream_that_has_begun_is_not_tried_again(flaky: Flaky) -> None:
+    async with AsyncClient(f"127.0.0.1:{flaky.port}") as client:
+        texts = []
+        with pytest.raises(Unavailable, match="lost"):
+            async for piece in client.stream("one"):
+                texts.append(piece.text)  # noqa: PERF401
+    assert (texts, flaky.calls) == (["one"], 1)
+
+
+async def test_statuses_without_an_error_of_ours_keep_their_name(flaky: Flaky) -> None:
+    async with AsyncClient(f"127.0.0.1:{flaky.port}") as client:
+        with pytest.raises(ServerError, match="UNIMPLEMENTED"):
+            await client.list_adapters()
+
+
+def test_the_client_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, lorax_serve.client, lorax_serve.cli.client\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'prometheus_client'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("module", ["lorax_serve.cli.client", "lorax_serve.cli.serve"])
+def test_help_is_quick(module: str) -> None:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", module, "--help"], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.5
