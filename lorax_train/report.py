@@ -79,10 +79,10 @@ def show_memory(console: Console, need: MemoryEstimate, available: int | None) -
         f"gradients {size(need.adapter)}, optimizer {size(need.optimizer)}, activations "
         f"{size(need.activations)} and logits {size(need.logits)} of the largest batch"
     )
-    free = "the system does not say how much is" if available is None else size(available)
+    free = "an unknown amount" if available is None else size(available)
     console.line(
-        f"           (assuming Adam in float32 and no padding beyond the longest row; torch's own "
-        f"few hundred MB come on top); {size(need.to_come)} still to allocate, {free} available"
+        "           (if the longest rows share a batch; torch takes a few hundred MB on top); "
+        f"{size(need.to_come)} to come, {free} available"
     )
     if available is not None and need.to_come > available:
         console.warn(

@@ -67,6 +67,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     examples, held_out, tokenizer, source = _prepare_data(config, console)
+    data_hash = hashlib.sha256(config.data.train.read_bytes()).hexdigest()
     with _out_of_memory_explained():
         model = load_model(config.model, source, dtype, device)
         base_parameters = sum(p.numel() for p in model.parameters())
@@ -87,7 +88,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     if record.interrupted and not record.steps:
         console.line("interrupted before the first step; nothing was saved")
         return TrainResult(model, adapter, record, None)
-    _save(config, adapter, record)
+    _save(config, adapter, record, data_hash)
     _conclude(console, config, record)
     return TrainResult(model, adapter, record, config.output.directory)
 
@@ -135,8 +136,9 @@ def _check_fit(config: TrainConfig, model: PreTrainedModel, examples: list[Examp
         )
 
 
-def _save(config: TrainConfig, adapter: TrainableLoRA, record: TrainingRecord) -> None:
-    data_hash = hashlib.sha256(config.data.train.read_bytes()).hexdigest()
+def _save(
+    config: TrainConfig, adapter: TrainableLoRA, record: TrainingRecord, data_hash: str
+) -> None:
     eval_loss = f"{record.eval_losses[-1]:.6f}" if record.eval_losses else "none"
     metadata = {
         "producer": f"lorax-train {__version__}",

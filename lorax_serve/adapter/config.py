@@ -9,15 +9,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorax_serve.errors import AdapterRejected, RejectReason
 
-__all__ = ["ALL_LINEAR", "LoRAConfig"]
+__all__ = ["ALL_LINEAR", "LAYERS_PATTERN", "LoRAConfig"]
 
 ALL_LINEAR = "all-linear"
+
+# PEFT's expressions around its users' patterns.
+_PATTERN_KEY = r"(.*\.)?({})$"
+LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<index>\d+)\."
+
+_MAX = sys.float_info.max
 
 # Keys that never change what a loaded adapter computes: training-time switches, provenance, and
 # parameters of initialisations that leave the base weights as they were.
@@ -126,7 +133,7 @@ class LoRAConfig:
                 for k, v in _pattern(raw.get("alpha_pattern"), "alpha_pattern").items()
             },
             layers_to_transform=_layer_indices(raw.get("layers_to_transform")),
-            layers_pattern=_as_tuple(raw.get("layers_pattern"), "layers_pattern"),
+            layers_pattern=_layer_patterns(raw.get("layers_pattern")),
             fan_in_fan_out=_bool(raw.get("fan_in_fan_out"), "fan_in_fan_out"),
             init_lora_weights=raw.get("init_lora_weights", True),
             task_type=raw.get("task_type"),
@@ -174,7 +181,7 @@ class LoRAConfig:
 def _pattern_key(patterns: Mapping[str, Any], path: str) -> str:
     """PEFT's ``get_pattern_key``: the first key, in order, that matches the end of the path."""
     for key in patterns:
-        if re.match(rf"(.*\.)?({key})$", path):
+        if re.match(_PATTERN_KEY.format(key), path):
             return key
     return path
 
@@ -210,7 +217,8 @@ def _positive_int(value: object, key: str) -> int:
 
 
 def _number(value: object, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # The bounds refuse NaN and infinity too, and whole numbers that no float can hold.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX:
         raise _bad(f"{key} must be a finite number, found {value!r}")
     return value
 
@@ -247,14 +255,22 @@ def _pattern(value: object, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _bad(f"{key} must be an object of module patterns, found {value!r}")
     for pattern in value:
-        _check_regex(pattern, key)
+        _check_regex(pattern, key, within=_PATTERN_KEY)
     return value
 
 
-def _check_regex(pattern: str, key: str) -> None:
+def _layer_patterns(value: object) -> tuple[str, ...]:
+    patterns = _as_tuple(value, "layers_pattern")
+    for pattern in patterns:
+        _check_regex(pattern, "layers_pattern", within=LAYERS_PATTERN)
+    return patterns
+
+
+def _check_regex(pattern: str, key: str, within: str = "{}") -> None:
+    """Refuse what does not compile where it is used: inside the expression ``within``."""
     try:
-        re.compile(pattern)
-    except re.error as error:
+        re.compile(within.format(pattern))
+    except (re.error, OverflowError, RecursionError) as error:
         raise _bad(f"{key}: {pattern!r} is not a regular expression: {error}") from error
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lorax_serve.adapter.config import ALL_LINEAR, LoRAConfig
+from lorax_serve.adapter.config import ALL_LINEAR, LAYERS_PATTERN, LoRAConfig
 from lorax_serve.errors import AdapterRejected, RejectReason
 
 __all__ = ["LinearShape", "select_targets"]
@@ -70,8 +70,7 @@ def _layer_selected(config: LoRAConfig, path: str) -> bool:
         return True
     if config.layers_pattern:
         found = (
-            re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path)
-            for pattern in config.layers_pattern
+            re.match(LAYERS_PATTERN.format(pattern), path) for pattern in config.layers_pattern
         )
         match = next((m for m in found if m), None)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -87,7 +87,7 @@ class AsyncClient:
         adapter: str | None = None,
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
-    ) -> AsyncIterator[Generation]:
+    ) -> AsyncGenerator[Generation, None]:
         """Generate text and yield it as it comes; arguments as for ``generate``.
 
         Closing the iterator, or cancelling the task that waits for it, cancels the request on the

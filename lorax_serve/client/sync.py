@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -87,7 +87,7 @@ class Client:
         adapter: str | None = None,
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
-    ) -> Iterator[Generation]:
+    ) -> Generator[Generation, None, None]:
         """Generate text and yield it as it comes; arguments as for ``generate``.
 
         Leaving the loop early, or closing the iterator, cancels the request on the server.

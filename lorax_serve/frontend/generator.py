@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
-from lorax_serve.core import GenerateRequest, ModelInfo, StopReason, TokenOutput
+from lorax_serve.core import ChatMessage, GenerateRequest, ModelInfo, StopReason, TokenOutput
 from lorax_serve.engine.messages import Submit
 from lorax_serve.errors import Draining, EngineFailed, InvalidRequest
 from lorax_serve.frontend.async_engine import AsyncEngine
@@ -188,7 +188,7 @@ class TextGenerator:
             InvalidRequest: see ``Tokenizer.encode``; or an id is not in the vocabulary.
         """
         prompt = request.prompt
-        if isinstance(prompt, str) and len(prompt) > _LONG_PROMPT:
+        if _characters(prompt) > _LONG_PROMPT:
             ids = await asyncio.to_thread(self.tokenizer.encode, prompt)
         else:
             ids = self.tokenizer.encode(prompt)
@@ -269,3 +269,10 @@ class TextGenerator:
             min_new_tokens=stop.min_new_tokens,
             eos_token_ids=frozenset() if stop.ignore_eos else frozenset(info.eos_token_ids),
         )
+
+
+def _characters(prompt: str | tuple[int, ...] | tuple[ChatMessage, ...]) -> int:
+    """How much text there is to tokenise."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(part.content) for part in prompt if isinstance(part, ChatMessage))

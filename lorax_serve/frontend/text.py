@@ -127,7 +127,8 @@ class StopMatcher:
         text = self._held + text
         found = [(text.find(stop), stop) for stop in self._stops if stop in text]
         if found:
-            at, stop = min(found)
+            # The first to be complete, whatever chunks the text comes in; of those, the longest.
+            at, stop = min(found, key=lambda each: (each[0] + len(each[1]), each[0]))
             self._held = ""
             return text[: at + len(stop) if self._include else at], stop
         keep = max(_overlap(text, stop) for stop in self._stops)

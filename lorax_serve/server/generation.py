@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from lorax_serve import __version__
@@ -66,10 +67,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):  # type
     async def Tokenize(self, request: Any, context: Any) -> Any:
         """Answer with the token ids of a prompt."""
         ids = await self.generator.tokenize(GenerateRequest(convert.prompt_of(request)))
-        tokenizer = self.generator.tokenizer
-        return pb.TokenizeResponse(
-            token_count=len(ids), token_ids=ids, tokens=[tokenizer.piece(each) for each in ids]
-        )
+        piece = self.generator.tokenizer.piece
+        # There may be a million of them, for which the streams must not wait.
+        pieces = await asyncio.to_thread(lambda: [piece(each) for each in ids])
+        return pb.TokenizeResponse(token_count=len(ids), token_ids=ids, tokens=pieces)
 
     async def ModelInfo(self, request: Any, context: Any) -> Any:
         """Describe the base model."""

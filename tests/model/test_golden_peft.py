@@ -76,9 +76,9 @@ def test_mixed_batch_equals_peft_alone(tiny_model: Path, make_adapter: Callable[
     names: list[str | None] = [None, *ADAPTERS, None, *ADAPTERS]
     slots = {name: slot for slot, name in enumerate(ADAPTERS)}
     directories = {}
-    for seed, (name, config) in enumerate(ADAPTERS.items()):
-        directories[name] = make_adapter(name, seed, **config)
-        load(runner, slots[name], directories[name])
+    for seed, (key, config) in enumerate(ADAPTERS.items()):
+        directories[key] = make_adapter(key, seed, **config)
+        load(runner, slots[key], directories[key])
     generator = torch.Generator().manual_seed(3)
     sequences = []
     for row, name in enumerate(names):
@@ -100,10 +100,10 @@ def test_mixed_batch_equals_peft_alone(tiny_model: Path, make_adapter: Callable[
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     peft_models = {
-        name: PeftModel.from_pretrained(
+        key: PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), path
         ).eval()
-        for name, path in directories.items()
+        for key, path in directories.items()
     }
     # The first half starts alone, so that later steps mix prompts (in chunks) with decoding rows.
     first, second = sequences[:5], sequences[5:]

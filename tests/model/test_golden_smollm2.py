@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,7 +40,7 @@ NEW_TOKENS = 64
 def test_greedy_tokens_equal_transformers(embedded_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(embedded_model, padding_side="left")
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    model = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(embedded_model, dtype=torch.float32)
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     # Without an EOS all rows run to the end, on both sides.
     model.generation_config.eos_token_id = None

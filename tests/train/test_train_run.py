@@ -181,6 +181,25 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert not config.output.directory.exists()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_running_out_of_memory_says_what_to_change(
+    error: Exception, llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
+) -> None:
+    class Full(Console):
+        def start(self, total_steps: int, log_every: int) -> None:
+            raise error
+
+    with pytest.raises(TrainingError, match="out of memory; lower --batch-size"):
+        train(configure(llama, write_rows(pairs)), Full(io.StringIO()))
+
+
 def test_rows_that_do_not_fit_the_model_are_refused(
     llama: Path, configure: Configure, write_rows: WriteRows
 ) -> None:

@@ -1,0 +1,130 @@
+"""The command ``lorax`` against a real server over a fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Awaitable, Callable
+
+import pytest
+import pytest_asyncio
+
+from lorax_serve import __version__
+from lorax_serve.cli.client import main
+from tests.frontend.toy_tokenizers import WORDS
+from tests.server.harness import Harness
+
+Lorax = Callable[..., Awaitable[tuple[int, str, str]]]
+
+
+@pytest_asyncio.fixture
+async def lorax(harness: Harness, capsys: pytest.CaptureFixture[str]) -> Lorax:
+    """Run the command; returns its exit code, output and errors."""
+
+    async def run(*arguments: str) -> tuple[int, str, str]:
+        address = f"127.0.0.1:{harness.server.port}"
+        code = await asyncio.to_thread(main, [*arguments, "--server", address])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+async def test_generate(harness: Harness, lorax: Lorax) -> None:
+    assert await lorax("generate", "one two </s>") == (0, " one two\n", "")
+    harness.write_adapter("poet")
+    await harness.client.load_adapter("poet")
+    code, out, err = await lorax(
+        *("generate", "one", "--adapter", "poet", "--max-new-tokens", "2", "--seed", "5"),
+        *("--temperature", "0.5", "--top-k", "3", "--top-p", "0.9", "-v"),
+    )
+    assert (code, out.split()) == (0, ["one", "one"])
+    assert "[poet@" in err
+    assert "1 + 2 tokens; max_tokens; seed 5" in err
+    sampling = harness.engine.commands[-1].sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 3, 0.9)
+
+
+async def test_stop_sequences(harness: Harness, lorax: Lorax) -> None:
+    code, out, _ = await lorax("generate", "one two three", "--stop", "nine", "--stop", "three")
+    assert (code, out.split()) == (0, ["one", "two"])
+
+
+async def test_prompt_from_standard_input(lorax: Lorax, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one two </s>"))
+    assert (await lorax("generate", "-"))[1] == " one two\n"
+
+
+async def test_generate_through_the_chat_template(harness: Harness, lorax: Lorax) -> None:
+    assert (await lorax("generate", "--chat", "one", "--max-new-tokens", "1"))[0] == 0
+    words = [WORDS[token] for token in harness.engine.commands[-1].tokens]
+    assert words == ["<s>", "user", "one", "</s>", "<s>", "assistant"]
+
+
+async def test_chat_remembers_the_conversation(
+    harness: Harness, lorax: Lorax, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = iter(["one", "two"])
+
+    def answer(prompt: str) -> str:
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    arguments = ("chat", "--system", "seven", "--max-new-tokens", "3")
+    assert (await lorax(*arguments))[0] == 0
+    last = " ".join(WORDS[token] for token in harness.engine.commands[-1].tokens)
+    assert last.startswith("<s> system seven </s> <s> user one </s> <s> assistant")
+    assert last.endswith("<s> user two </s> <s> assistant")
+
+
+async def test_adapters(harness: Harness, lorax: Lorax) -> None:
+    harness.write_adapter("poet")
+    code, out, _ = await lorax("adapters", "load", "poet")
+    assert code == 0
+    assert "poet: version 1, rank 8 on 14 modules" in out
+    await lorax("adapters", "load", "pilot", "poet")
+    code, out, _ = await lorax("adapters", "list")
+    assert [line.split()[0] for line in out.splitlines()] == ["NAME", "pilot", "poet"]
+    code, out, _ = await lorax("adapters", "unload", "poet")
+    assert (code, out) == (0, "poet: unloaded, 1001 bytes freed\n")
+    assert [adapter.name for adapter in harness.server.adapters] == ["pilot"]
+
+
+async def test_info(lorax: Lorax) -> None:
+    code, out, _ = await lorax("info")
+    assert code == 0
+    assert "fake (123 parameters)" in out
+    assert "float32 on cpu" in out
+    assert __version__ in out
+
+
+async def test_errors_are_one_line(lorax: Lorax) -> None:
+    code, out, err = await lorax("generate", "one", "--adapter", "nobody")
+    assert (code, out) == (1, "")
+    assert err == "lorax: error: adapter_id 'nobody' is not loaded; no adapter is loaded\n"
+    code, out, err = await lorax("generate", "one", "--top-p", "7")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "top_p must be in (0, 1]" in err
+
+
+def test_an_unreachable_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORAX_SERVER", "127.0.0.1:1")
+    assert main(["info"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("lorax: error: 127.0.0.1:1: ")
+    assert error.count("\n") == 1
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["adapters"], ["generate"], ["nonsense"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"lorax {__version__}\n"
