@@ -240,10 +240,16 @@ class AdapterRegistry:
         wanted = path or name
         if "\0" in wanted:
             raise InvalidRequest("path holds a NUL character")
-        directory = (self._root / wanted).resolve()
+        try:
+            directory = (self._root / wanted).resolve()
+            is_directory = directory.is_dir()
+        except (OSError, RuntimeError) as error:  # too long, or links that lead round in a circle
+            raise AdapterRejected(
+                RejectReason.MISSING_FILE, f"path {wanted[:140]!r} cannot be followed: {error}"
+            ) from error
         if not directory.is_relative_to(self._root):
             raise InvalidRequest(f"path {wanted!r} leads outside the server's adapter directory")
-        if not directory.is_dir():
+        if not is_directory:
             raise AdapterRejected(
                 RejectReason.MISSING_FILE, f"no directory {wanted!r} in the adapter directory"
             )

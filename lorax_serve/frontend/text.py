@@ -31,6 +31,7 @@ class Tokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ModelUnsupported(f"{directory} has no usable tokenizer: {error}") from error
+        self.special_ids: frozenset[int] = frozenset(self._tokenizer.all_special_ids)
 
     def encode(self, prompt: str | Sequence[int] | Sequence[ChatMessage]) -> list[int]:
         """Token ids of a prompt; chat messages go through the chat template, ids as they are.
@@ -98,6 +99,8 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that has become certain, perhaps none."""
+        if token_id in self._tokenizer.special_ids:
+            return ""  # no text; kept, a run of them would only make the window grow
         self._ids.append(token_id)
         before = self._tokenizer.decode(self._ids[self._start : self._read])
         after = self._tokenizer.decode(self._ids[self._start :])

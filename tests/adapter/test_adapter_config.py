@@ -200,7 +200,12 @@ def test_config_without_a_type_is_refused() -> None:
 
 
 def test_each_refused_key_is_fine_when_it_is_off() -> None:
-    off = {"use_dora": False, "modules_to_save": None, "layer_replication": [], "unheard_of": {}}
+    off: dict[str, object] = {
+        "use_dora": False,
+        "modules_to_save": None,
+        "layer_replication": [],
+        "unheard_of": {},
+    }
     assert LoRAConfig.from_dict(GOOD | off) == LoRAConfig.from_dict(GOOD)
 
 

@@ -226,8 +226,8 @@ def test_damage_is_refused_or_harmless(name: str, mutations: list[Mutation]) -> 
             files = read(root)
             match_weights(files.config, files.tensors, MODULES)
         except AdapterRejected as error:
-            assert error.reason in RejectReason
-            assert str(error)
+            assert error.reason in RejectReason  # noqa: PT017
+            assert str(error)  # noqa: PT017
 
 
 TEXTS = ["1", "-1", "null", "true", '"("', '"all-linear"', "[]", '["q"]', "{}", '{"(": 1}']
@@ -243,7 +243,7 @@ def test_odd_config_values_are_refused_or_harmless(changes: dict[str, str]) -> N
     try:
         match_weights(LoRAConfig.from_dict(raw), TENSORS, MODULES)
     except AdapterRejected as error:
-        assert str(error)
+        assert str(error)  # noqa: PT017
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -256,7 +256,7 @@ def test_odd_weight_headers_are_refused_or_harmless(header: st.DataObject) -> No
         "data_offsets": [0, header.draw(st.integers(0, 24))],
     }
     text = json.dumps({tensor_name("layers.0.q", "A"): entry}).encode()
-    size = header.draw(st.sampled_from([0, 12, 24, entry["data_offsets"][1]]))
+    size = header.draw(st.sampled_from([0, 12, 24]))
     data = len(text).to_bytes(8, "little") + text + bytes(size)
     # At least the B is missing.
     with written({WEIGHTS_FILE: data}) as root, pytest.raises(AdapterRejected):
