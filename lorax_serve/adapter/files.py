@@ -84,8 +84,20 @@ def save(
     root.mkdir(parents=True, exist_ok=True)
     header = {"format": "pt", **(metadata or {})}
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(root / WEIGHTS_FILE, safetensors.torch.save(data, header))
+    _replace(root / WEIGHTS_FILE, _sorted_header(safetensors.torch.save(data, header)))
     _replace(root / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode() + b"\n")
+
+
+def _sorted_header(raw: bytes) -> bytes:
+    """The same file with its header's keys in order.
+
+    safetensors writes the metadata in random order, and the same adapter must have one digest.
+    """
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + raw[8 + length :]
 
 
 def _read_bytes(path: Path, limit: int | None = None) -> bytes:

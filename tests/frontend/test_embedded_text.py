@@ -107,7 +107,7 @@ def test_special_tokens_in_between_are_not_text() -> None:
 def test_stop_sequence_over_several_tokens() -> None:
     matcher = StopMatcher(["😀 fin"])
     shown = [matcher.push(piece) for piece in pieces_of("go 😀 fine")]
-    assert "".join(text for text, _ in shown if text) == "go e"[:3]
+    assert "".join(text for text, _ in shown if text) == "go "
     assert [stop for _, stop in shown if stop] == ["😀 fin"]
 
 

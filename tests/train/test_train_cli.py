@@ -20,6 +20,11 @@ WriteRows = Callable[..., Path]
 NEEDED = ["--data", "rows.jsonl", "--out", "out"]
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
+
+
 def test_defaults_need_only_data_and_a_place() -> None:
     config = TrainConfig(DataConfig(Path("rows.jsonl")), OutputConfig(Path("out")))
     assert parse(NEEDED) == config
