@@ -45,7 +45,7 @@ def export(
     metadata: dict[str, str],
     card: str,
 ) -> None:
-    """Write config, weights and model card, and read them back as the server will.
+    """Write config, weights and model card, and read them back with the server's reader.
 
     Args:
         adapter: what was trained.

@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from lorax_serve._version import __version__
-from lorax_serve.errors import TrainingError
+from lorax_serve.errors import ModelUnsupported, TrainingError
 from lorax_serve.model.source import resolve_model
+from lorax_serve.model.spec import DecoderSpec
 from lorax_train.base import (
     Tokenizer,
     choose_device,
@@ -73,6 +74,9 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         base_parameters = sum(p.numel() for p in model.parameters())
         _check_fit(config, model, [*examples, *held_out])
         adapter = inject(model, config.lora, config.model, config.loop.seed)
+        obstacle = _why_not_served(source, adapter)
+        if obstacle:
+            console.warn(f"lorax-serve will refuse this adapter, PEFT will not: {obstacle}")
         # Longer rows than one are not needed to see whether both ways give the same logits.
         loss = TargetLoss.check(model, collate(examples[:1], tokenizer.pad_id).to(device))
         trainer = Trainer(
@@ -89,7 +93,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         console.line("interrupted before the first step; nothing was saved")
         return TrainResult(model, adapter, record, None)
     _save(config, adapter, record, data_hash)
-    _conclude(console, config, record)
+    _conclude(console, config, record, served=obstacle is None)
     return TrainResult(model, adapter, record, config.output.directory)
 
 
@@ -167,7 +171,20 @@ def _save(
     export(adapter, out.directory, out.save_dtype, metadata, card)
 
 
-def _conclude(console: Console, config: TrainConfig, record: TrainingRecord) -> None:
+def _why_not_served(source: Path, adapter: TrainableLoRA) -> str | None:
+    """What the server would say to this model, or to LoRA on these modules; None if nothing."""
+    try:
+        sites = DecoderSpec.from_directory(source).sites()
+    except ModelUnsupported as error:
+        return str(error)
+    known = {part.path for site in sites for part in site.slices}
+    other = [path for path in adapter.layers if path not in known]
+    return f"LoRA on {other[0]} is not applied yet" if other else None
+
+
+def _conclude(
+    console: Console, config: TrainConfig, record: TrainingRecord, *, served: bool
+) -> None:
     held_out = f", held-out {record.eval_losses[-1]:.4f}" if record.eval_losses else ""
     done = "interrupted; saved what there is:" if record.interrupted else "done:"
     n_bytes = sum(path.stat().st_size for path in config.output.directory.glob("*.safetensors"))
@@ -176,7 +193,8 @@ def _conclude(console: Console, config: TrainConfig, record: TrainingRecord) -> 
         f"{record.tokens_per_second:.0f} tokens/s; loss {record.train_loss:.4f}{held_out}"
     )
     console.line(f"adapter in {config.output.directory} ({size(n_bytes)})")
-    show_serving(console, config.model, config.output.directory)
+    if served:
+        show_serving(console, config.model, config.output.directory)
 
 
 @contextmanager

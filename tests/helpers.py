@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -53,7 +53,12 @@ def save_tiny_model(directory: Path, config: PreTrainedConfig, seed: int = 7) ->
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast: Any = PreTrainedTokenizerFast
     tokenizer = fast(
-        tokenizer_object=backend, bos_token="w1", eos_token="w2", pad_token="w0", unk_token="w3"
+        tokenizer_object=backend,
+        # Whole words only: as a plain special token, w1 would be found inside w10.
+        bos_token=AddedToken("w1", single_word=True, special=True),
+        eos_token=AddedToken("w2", single_word=True, special=True),
+        pad_token=AddedToken("w0", single_word=True, special=True),
+        unk_token=AddedToken("w3", single_word=True, special=True),
     )
     tokenizer.chat_template = (
         "{% for m in messages %}w4 {{ m['role'] }} {{ m['content'] }} w2 {% endfor %}"

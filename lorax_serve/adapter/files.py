@@ -114,11 +114,12 @@ def _read_bytes(path: Path, limit: int | None = None) -> bytes:
             else "no such directory"
         )
         raise AdapterRejected(
-            RejectReason.MISSING_FILE, f"{path} does not exist (found: {found or 'nothing'})"
+            RejectReason.MISSING_FILE,
+            f"there is no {path.name} in {path.parent.name}/ (found: {found or 'nothing'})",
         ) from error
     except OSError as error:
         raise AdapterRejected(
-            RejectReason.BAD_FILE, f"{path} cannot be read: {error.strerror}"
+            RejectReason.BAD_FILE, f"{path.name} cannot be read: {error.strerror}"
         ) from error
 
 

@@ -36,7 +36,7 @@ def select_targets(config: LoRAConfig, modules: Mapping[str, LinearShape]) -> li
     paths = [path for path, shape in modules.items() if _is_target(config, path, shape)]
     if not paths:
         wanted = config.target_modules
-        shown = wanted if isinstance(wanted, str) else ", ".join(wanted)
+        shown = repr(wanted) if isinstance(wanted, str) else ", ".join(map(repr, wanted))
         known = sorted({path.rsplit(".", 1)[-1] for path in modules})
         raise AdapterRejected(
             RejectReason.NO_MATCH,

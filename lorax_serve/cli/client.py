@@ -60,7 +60,14 @@ def _chat(client: Any, options: argparse.Namespace) -> None:
             return
         messages.append({"role": "user", "content": said})
         chunks = client.stream(messages, adapter=options.adapter, **_sampling(options))
-        messages.append({"role": "assistant", "content": _show(chunks, options.verbose)})
+        try:
+            answer = _show(chunks, options.verbose)
+        except KeyboardInterrupt:  # stop this answer, not the chat
+            chunks.close()
+            messages.pop()
+            print(file=sys.stderr)
+            continue
+        messages.append({"role": "assistant", "content": answer})
 
 
 def _show(chunks: Iterable[Any], verbose: bool) -> str:

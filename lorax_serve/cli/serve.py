@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        0 after SIGTERM or Ctrl-C and a drain, 1 if the engine died, 2 if it could not start.
+        0 after SIGTERM or Ctrl-C and a drain, 1 if the engine died, 2 if it could not start, 130
+        after a second Ctrl-C.
     """
     try:
         config, options = parse(argv)
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _report(server, config)
 
         return asyncio.run(run(config, ready))
+    except KeyboardInterrupt:  # a second Ctrl-C does not wait for the running requests
+        return 130
     except LoraxError as error:
         print(f"lorax-serve: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -245,7 +245,8 @@ class AdapterRegistry:
             is_directory = directory.is_dir()
         except (OSError, RuntimeError) as error:  # too long, or links that lead round in a circle
             raise AdapterRejected(
-                RejectReason.MISSING_FILE, f"path {wanted[:140]!r} cannot be followed: {error}"
+                RejectReason.MISSING_FILE,
+                f"path {wanted[:140]!r} cannot be followed: a name is too long, or links go round",
             ) from error
         if not directory.is_relative_to(self._root):
             raise InvalidRequest(f"path {wanted!r} leads outside the server's adapter directory")

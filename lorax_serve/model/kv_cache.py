@@ -7,8 +7,8 @@ piece. The memory is reserved for the longest sequence and touched only as far a
 from __future__ import annotations
 
 import math
+import mmap
 
-import numpy as np
 import torch
 
 __all__ = ["KVCache"]
@@ -65,6 +65,8 @@ class KVCache:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy takes zeroed pages from the kernel as they are touched; torch would touch them all.
-    pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(pages).view(dtype).view(shape)
+    # The kernel gives zeroed pages as they are touched; torch.zeros would touch them all. Small
+    # pages, or the first token of each row and head would take 2 MiB.
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

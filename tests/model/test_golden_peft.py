@@ -71,8 +71,13 @@ def load(runner: ModelRunner, slot: int, directory: Path) -> None:
     runner.put_adapter(slot, runner.fold(weights))
 
 
-def test_mixed_batch_equals_peft_alone(tiny_model: Path, make_adapter: Callable[..., Path]) -> None:
-    runner = LogitsRunner(EngineConfig(model=str(tiny_model), dtype="float32", max_batch_size=12))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_mixed_batch_equals_peft_alone(
+    tiny_model: Path, make_adapter: Callable[..., Path], device: str
+) -> None:
+    runner = LogitsRunner(
+        EngineConfig(model=str(tiny_model), dtype="float32", max_batch_size=12, device=device)
+    )
     names: list[str | None] = [None, *ADAPTERS, None, *ADAPTERS]
     slots = {name: slot for slot, name in enumerate(ADAPTERS)}
     directories = {}
@@ -116,7 +121,7 @@ def test_mixed_batch_equals_peft_alone(tiny_model: Path, make_adapter: Callable[
     for _ in range(STEPS):
         runner.step(Batch(decodes=sequences))
         for row, want in enumerate(references()):
-            got = runner.logits[row]
+            got = runner.logits[row].cpu()
             worst = max(worst, (got - want).abs().max().item())
     assert worst < TOLERANCE
     # The adapters must really change the result, or the test could not fail.

@@ -144,7 +144,7 @@ def test_targets_are_resolved_as_peft_resolves_the_written_names(llama: Path, gp
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("q_proj,nope", r"--targets: target_modules \(nope\) matches no linear module"),
+        ("q_proj,nope", r"--targets: target_modules \('nope'\) matches no linear module"),
         ("q_proj,", "--targets 'q_proj,': there is an empty name"),
         ("regex:(", "--targets: .* is not a regular expression"),
         ("regex:nope", "--targets: .* matches no linear module"),

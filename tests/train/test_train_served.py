@@ -22,7 +22,6 @@ Rows = list[dict[str, Any]]
 WriteRows = Callable[..., Path]
 
 CPU = torch.device("cpu")
-# No word begins with w0 to w3: these are special tokens, which split w10 into w1 and an unknown.
 PAIRS: Rows = [{"prompt": f"w{i + 50} w9", "completion": f"w{i + 40}"} for i in range(8)]
 QKV = {"tiny_model": {"q_proj", "k_proj", "v_proj"}, "gpt2": {"c_attn"}}
 
@@ -117,3 +116,35 @@ def test_a_completion_learned_by_heart_is_generated_and_ends(
         second = model(input_ids=torch.cat([prompts, first[:, None]], 1)).logits[:, -1].argmax(-1)
     assert first.tolist() == [i + 40 for i in range(len(PAIRS))]
     assert second.tolist() == [2] * len(PAIRS)  # the EOS token: it has learned to stop
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "obstacle"),
+    [
+        ("tiny_model", "q_proj", None),
+        ("tiny_model", "lm_head", "LoRA on lm_head is not applied yet"),
+        ("gpt2", "qkv", "GPT2LMHeadModel"),
+    ],
+    indirect=["base"],
+)
+def test_what_the_server_would_refuse_is_said_before_training(
+    base: Path,
+    targets: str,
+    obstacle: str | None,
+    write_rows: WriteRows,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    more = ["--max-steps", "1", "--batch-size", "4", "--targets", targets]
+    assert main(argv_for(base, write_rows(PAIRS), tmp_path / "adapter", *more)) == 0
+    said = capsys.readouterr().err
+    if obstacle is None:
+        assert "lorax-serve --model" in said
+        assert "will refuse" not in said
+    else:
+        before, _, after = said.partition("step 1/1")
+        assert "lorax-serve will refuse this adapter" in before
+        assert obstacle in before
+        assert "lorax-serve --model" not in after
