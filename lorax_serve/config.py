@@ -7,8 +7,9 @@ from pathlib import Path
 
 from lorax_serve.errors import InvalidRequest
 
-__all__ = ["DTYPES", "EngineConfig", "ServerConfig"]
+__all__ = ["DTYPES", "KERNELS", "EngineConfig", "ServerConfig"]
 
+KERNELS = ("auto", "compiled", "torch")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -26,17 +27,37 @@ class EngineConfig:
     """A torch device: cpu, cuda, cuda:1."""
     dtype: str = "auto"
     """Compute type; auto is bfloat16."""
+    kernels: str = "auto"
+    """Who computes the model: compiled (C++ for CPUs with AVX-512 and bfloat16, built at the first
+    start), torch, or auto: compiled where it can be had."""
     max_batch_size: int = 32
     """Sequences that run at once; each has its own row of the KV cache."""
     max_batch_tokens: int = 256
-    """Prompt tokens computed in one step beside the running sequences' tokens; longer prompts are
-    split over steps, so that they do not stall the others."""
+    """Most prompt tokens computed in one step; longer prompts are split over steps."""
+    max_prefill_tokens_with_decodes: int = 64
+    """Prompt tokens computed in one step beside sequences that decode, so that a prompt does not
+    stall them; as many times more as there are prompts for each of those sequences."""
     max_sequence_length: int | None = None
     """Prompt and generated tokens of one sequence; default: the model's own limit, at most 4096."""
-    adapter_slots: int = 16
+    kv_cache_tokens: int | None = None
+    """Tokens whose keys and values are kept in memory, of running sequences and of cached prefixes;
+    default: max_batch_size sequences of full length, or what a third of the free memory holds."""
+    prefix_caching: bool = True
+    """Whether the keys and values of ended sequences are kept for prompts that begin alike under
+    the same adapter."""
+    adapter_slots: int = 64
     """Distinct adapters in one batch, and on the device."""
+    adapter_quantum: int = 2048
+    """How far an adapter may get ahead of one that waits for a device slot, in prompt tokens (a
+    generated token counts twice), before its requests stand still for the other's. Smaller is
+    fairer from moment to moment; larger swaps adapters less often, and more requests find theirs
+    in its slot."""
     max_adapter_bytes: int = 4 << 30
-    """Host memory for loaded adapters; a load beyond it is refused."""
+    """Host memory for adapters, which count with their true ranks. The least recently used leave
+    it for others, and are read from their directory again when a request names them."""
+    max_device_adapter_bytes: int | None = None
+    """Device memory for adapters in slots; default: only the slots are counted. Not for a CPU,
+    where slots hold host memory."""
     max_waiting: int = 1024
     """Requests that wait for a place in the batch; more are refused as overload."""
     threads: int | None = None
@@ -47,11 +68,27 @@ class EngineConfig:
             1,
             max_batch_size=self.max_batch_size,
             max_batch_tokens=self.max_batch_tokens,
+            max_prefill_tokens_with_decodes=self.max_prefill_tokens_with_decodes,
+            kv_cache_tokens=self.kv_cache_tokens,
             max_sequence_length=self.max_sequence_length,
             adapter_slots=self.adapter_slots,
+            max_device_adapter_bytes=self.max_device_adapter_bytes,
             threads=self.threads,
         )
-        _at_least(0, max_waiting=self.max_waiting, max_adapter_bytes=self.max_adapter_bytes)
+        _at_least(
+            0,
+            max_waiting=self.max_waiting,
+            max_adapter_bytes=self.max_adapter_bytes,
+            adapter_quantum=self.adapter_quantum,
+        )
+        if self.max_device_adapter_bytes is not None and self.device == "cpu":
+            raise InvalidRequest(
+                "max_device_adapter_bytes: on a CPU, adapters are in host memory only: set "
+                "max_adapter_bytes"
+            )
+        if self.kernels not in KERNELS:
+            need = ", ".join(KERNELS)
+            raise InvalidRequest(f"kernels must be one of {need}, found {self.kernels!r}")
         if self.dtype not in DTYPES:
             raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
 

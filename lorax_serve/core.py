@@ -11,11 +11,13 @@ from lorax_serve.errors import InvalidRequest
 __all__ = [
     "BASE",
     "AdapterInfo",
+    "AdapterStats",
     "Batch",
     "ChatMessage",
     "EngineStats",
     "GenerateRequest",
     "ModelInfo",
+    "RowCopy",
     "SamplingParams",
     "Sequence",
     "StopParams",
@@ -27,6 +29,7 @@ BASE = -1
 """The slot of rows without an adapter: the base model is not an adapter and takes no slot."""
 
 MAX_LOGPROBS = 20
+MAX_PRIORITY = 2
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_LENGTH = 256
 _SEEDS = 1 << 64
@@ -122,12 +125,21 @@ class GenerateRequest:
     Attributes:
         prompt: text, token ids, or chat messages.
         adapter_id: the adapter's name; None is the base model.
+        priority: in [-2, 2]; each level doubles the share of a busy server.
+
+    Raises:
+        InvalidRequest: the priority is out of range.
     """
 
     prompt: str | tuple[int, ...] | tuple[ChatMessage, ...]
     adapter_id: str | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: StopParams = field(default_factory=StopParams)
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        most = MAX_PRIORITY
+        _check(-most <= self.priority <= most, "priority", f"in [-{most}, {most}]", self.priority)
 
 
 class StopReason(Enum):
@@ -172,7 +184,11 @@ class Sequence:
         computed: how many of ``tokens`` have their keys and values in the cache.
         kv_slot: its row of the KV cache, -1 while it waits.
         adapter_slot: its adapter's slot on the device, ``BASE`` without adapter or while it waits.
-        passed: how many others were admitted before it while it waited for an adapter slot.
+        cache_key: digest of the adapter's content, None for the base model: what its keys and
+            values depend on beside the tokens.
+        priority: in [-2, 2]; each level doubles its flow's share.
+        charged: how many of ``tokens`` its flow was charged for; more than ``computed`` while a
+            preempted sequence is computed again.
         arrived: ``time.perf_counter`` at arrival.
         queue_seconds: from arrival to its first step.
     """
@@ -188,7 +204,9 @@ class Sequence:
     computed: int = 0
     kv_slot: int = -1
     adapter_slot: int = BASE
-    passed: int = 0
+    cache_key: str | None = None
+    priority: int = 0
+    charged: int = 0
     arrived: float = 0.0
     queue_seconds: float | None = None
 
@@ -203,6 +221,17 @@ class Sequence:
         return len(self.tokens) - self.computed
 
 
+class RowCopy(NamedTuple):
+    """Positions ``[0, length)`` of KV row ``source`` go to row ``destination``.
+
+    ``source == destination`` frees the memory of the row's positions from ``length`` on.
+    """
+
+    source: int
+    destination: int
+    length: int
+
+
 @dataclass(slots=True)
 class Batch:
     """One step's work: one token for each of ``decodes``, a chunk for each of ``prefills``."""
@@ -212,6 +241,8 @@ class Batch:
     """A sequence, and how many of its tokens to compute now, from ``computed`` on."""
     loads: list[tuple[int, int]] = field(default_factory=list)
     """Device slots, and the adapter versions to bring into them before the step."""
+    copies: list[RowCopy] = field(default_factory=list)
+    """What to move in the KV cache before the step, one after the other."""
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prefills)
@@ -254,6 +285,32 @@ class AdapterInfo:
     nbytes: int
 
 
+class AdapterStats(NamedTuple):
+    """Where the adapters are. The counts of events are since the engine's start."""
+
+    known: int = 0
+    """Loaded adapters, wherever they are."""
+    host: int = 0
+    """Those whose weights are in host memory."""
+    device: int = 0
+    """Those in device slots."""
+    host_bytes: int = 0
+    """Taken by adapters, those that are being read included."""
+    host_limit: int = 0
+    device_bytes: int = 0
+    """Taken by copies on the device; 0 on a CPU, whose slots hold the host's own."""
+    device_limit: int | None = None
+    host_evictions: int = 0
+    """Adapters that left host memory for others; their files remain."""
+    device_evictions: int = 0
+    """Adapters that left their slot for others."""
+    reads: int = 0
+    """Adapters that were read from disk again."""
+    read_seconds: float = 0.0
+    late_reads: int = 0
+    """Reads that had not ended when a request would have had its turn."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """The engine's gauges after a step."""
@@ -265,8 +322,15 @@ class EngineStats:
     batch_tokens: int = 0
     """Tokens computed by this step."""
     kv_tokens: int = 0
+    """Tokens of running sequences in the KV cache."""
+    kv_cached_tokens: int = 0
+    """Tokens of ended sequences that the KV cache keeps for prompts that begin alike."""
     kv_capacity: int = 0
-    adapters_host: int = 0
-    adapters_device: int = 0
-    adapter_bytes: int = 0
+    prefix_cache_queries: int = 0
+    """Tokens of all admitted prompts, since the start."""
+    prefix_cache_hits: int = 0
+    """Those of them that were found in the KV cache."""
+    preemptions: int = 0
+    """Sequences that gave up their row to others, since the start."""
+    adapters: AdapterStats = field(default_factory=AdapterStats)
     step_seconds: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -12,6 +13,12 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+)
+
+from lorax_serve.kernels.build import cpu_lacks
+
+needs_kernels = pytest.mark.skipif(
+    bool(cpu_lacks()), reason=f"the CPU has no {', '.join(cpu_lacks())}"
 )
 
 TINY_LLAMA = LlamaConfig(

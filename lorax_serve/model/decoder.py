@@ -1,5 +1,6 @@
-"""A lean Llama-like forward over a flat batch of tokens of many sequences.
+"""A lean Llama-like forward over a flat batch of tokens of many sequences, in plain torch.
 
+It runs on every device, and is the reference of ``compiled_decoder``, which has the same calls.
 Rows 0..D-1 are one token each of the decoding sequences; then come the prompt chunks, one after
 the other. Everything but attention treats all rows alike.
 """
@@ -8,155 +9,138 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from lorax_serve.model.kv_cache import KVCache
-from lorax_serve.model.multi_lora import LoRABatch
+from lorax_serve.model.multi_lora import LoRABatch, MultiLoRA
 from lorax_serve.model.spec import SITES_PER_LAYER, DecoderSpec
+from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights
 
-__all__ = ["Decoder", "DecoderLayer", "ForwardBatch", "Linear", "PromptChunk"]
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """``y = x @ weight.T + bias``; weight ``[out, in]``, bias ``[out]`` or None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x ``[T, in]`` to ``[T, out]``."""
-        return F.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderLayer:
-    """One layer's weights; the norms are vectors."""
-
-    input_norm: torch.Tensor
-    qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    o: Linear
-    post_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+__all__ = ["Decoder", "ForwardBatch", "PromptChunk", "rope_tables"]
 
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
-    """Rows ``[start, end)`` are positions ``[end_position - (end - start), end_position)``.
-
-    ``mask`` is bool ``[rows, end_position]``, true where a row may look; None for a whole prompt,
-    which is plainly causal.
-    """
+    """Rows ``[start, end)`` are positions ``[end_position - (end - start), end_position)``."""
 
     start: int
     end: int
     slot: int
     end_position: int
-    mask: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """One step's input on the device.
+    """One step's input.
 
     Attributes:
-        token_ids, positions: int64 ``[T]``.
-        kv_index: where the rows' keys and values go (``KVCache.index``).
-        num_decodes: D, the rows that decode.
-        decode_rows: the KV slot of each decoding row, int64 ``[D]``; None if it is 0..D-1.
-        decode_mask: bool ``[S, 1, 1, L]`` over KV slots 0..S-1 and positions 0..L-1.
+        token_ids, positions, kv_slots: int32 ``[T]``, on the CPU.
+        num_decodes: D, the rows that decode, in ascending order of their KV slots.
         prompts: the chunks of the other rows.
-        lora: None if all rows are the base model's.
+        lora: what the decoder's own ``lora.batch`` returned; None if all rows are the base model's.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
+    kv_slots: torch.Tensor
+    num_decodes: int
+    prompts: Sequence[PromptChunk]
+    lora: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What all layers share.
+
+    Attributes:
+        kv_index: where the rows' keys and values go (``KVCache.index``).
+        decode_rows: the KV slot of each decoding row, int64 ``[D]``; None if it is 0..D-1.
+        decode_mask: bool ``[S, 1, 1, L]`` over KV slots 0..S-1 and positions 0..L-1.
+        prompt_masks: a mask a prompt, see ``_attend_prompt``.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
     kv_index: torch.Tensor
     num_decodes: int
     decode_rows: torch.Tensor | None
     decode_mask: torch.Tensor | None
     prompts: Sequence[PromptChunk]
+    prompt_masks: Sequence[torch.Tensor | None]
     lora: LoRABatch | None
 
 
 class Decoder:
-    """The base model; stateless but for its weights."""
+    """The base model; stateless but for its weights and its adapter slots.
 
-    def __init__(
-        self,
-        spec: DecoderSpec,
-        embedding: torch.Tensor,
-        layers: list[DecoderLayer],
-        norm: torch.Tensor,
-        head: torch.Tensor,
-    ) -> None:
-        self.spec = spec
-        self.sites = spec.sites()
-        self._embedding = embedding
-        self._layers = layers
-        self._norm = norm
-        self._head = head
-        self._cos, self._sin = _rope_tables(spec, embedding.dtype, embedding.device)
+    Attributes:
+        lora: the device's adapter slots.
+        kernels: no compiled ones.
+    """
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
-        return self._embedding.dtype
+    kernels = None
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._embedding.device
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of weights; tied ones count once."""
-        total = self._embedding.numel() + self._norm.numel()
-        if self._head is not self._embedding:
-            total += self._head.numel()
-        for layer in self._layers:
-            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
-                total += linear.weight.numel()
-                total += 0 if linear.bias is None else linear.bias.numel()
-            norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
-            total += sum(norm.numel() for norm in norms if norm is not None)
-        return total
+    def __init__(self, weights: DecoderWeights) -> None:
+        self.spec = weights.spec
+        self._embedding = weights.embedding
+        self._layers = list(weights.layers)
+        self._norm = weights.norm
+        self._head = weights.head
+        self.dtype, self.device = self._embedding.dtype, self._embedding.device
+        self.lora = MultiLoRA(self.spec.sites(), self.device)
+        cos, sin = rope_tables(self.spec)
+        self._cos = cos[:, None].to(self.device, self.dtype)
+        self._sin = sin[:, None].to(self.device, self.dtype)
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        """Compute all rows, writing their keys and values; returns ``[T, hidden]``, normalised."""
-        x = F.embedding(batch.token_ids, self._embedding)
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        """Compute all rows, writing their keys and values; returns the last layer's ``[T, hidden]``
+        for ``logits``.
+        """
+        step = self._prepare(batch, cache)
+        x = F.embedding(batch.token_ids.to(self.device), self._embedding)
         for index, layer in enumerate(self._layers):
             site = index * SITES_PER_LAYER
             h = self._rms_norm(x, layer.input_norm)
-            qkv = _linear(layer.qkv, h, batch.lora, site)
-            attended = self._attend(layer, index, qkv, cos, sin, batch, cache)
-            x = x + _linear(layer.o, attended, batch.lora, site + 1)
+            qkv = _linear(layer.qkv, h, step.lora, site)
+            attended = self._attend(layer, index, qkv, step, cache)
+            x = x + _linear(layer.o, attended, step.lora, site + 1)
             h = self._rms_norm(x, layer.post_norm)
-            gate, up = _linear(layer.gate_up, h, batch.lora, site + 2).chunk(2, dim=-1)
-            x = x + _linear(layer.down, F.silu(gate) * up, batch.lora, site + 3)
-        return self._rms_norm(x, self._norm)
+            gate, up = _linear(layer.gate_up, h, step.lora, site + 2).chunk(2, dim=-1)
+            x = x + _linear(layer.down, F.silu(gate) * up, step.lora, site + 3)
+        return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[rows, hidden]`` to float32 ``[rows, vocab]``."""
-        return F.linear(hidden, self._head).float()
+        """Rows of ``forward``'s result, ``[rows, hidden]``, to float32 ``[rows, vocab]``."""
+        return F.linear(self._rms_norm(hidden, self._norm), self._head).float()
+
+    def _prepare(self, batch: ForwardBatch, cache: KVCache) -> _Step:
+        positions, slots = batch.positions.to(self.device), batch.kv_slots.to(self.device)
+        count = batch.num_decodes
+        rows, mask = _decode_layout(batch.kv_slots[:count], batch.positions[:count])
+        return _Step(
+            cos=self._cos[positions],
+            sin=self._sin[positions],
+            kv_index=cache.index(slots.long(), positions.long()),
+            num_decodes=count,
+            decode_rows=None if rows is None else rows.to(self.device),
+            decode_mask=None if mask is None else mask.to(self.device),
+            prompts=batch.prompts,
+            prompt_masks=[_prompt_mask(chunk, self.device) for chunk in batch.prompts],
+            lora=batch.lora,
+        )
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.spec.norm_eps)
 
     def _attend(
         self,
-        layer: DecoderLayer,
+        layer: LayerWeights,
         index: int,
         qkv: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        batch: ForwardBatch,
+        step: _Step,
         cache: KVCache,
     ) -> torch.Tensor:
         spec = self.spec
@@ -165,63 +149,97 @@ class Decoder:
         q, k, v = torch.split(rows, [heads, kv_heads, kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        cache.write(index, batch.kv_index, k, v)
+        q, k = _rotate(q, step.cos, step.sin), _rotate(k, step.cos, step.sin)
+        cache.write(index, step.kv_index, k, v)
         keys, values = cache.keys[index], cache.values[index]
         out = torch.empty_like(q)
-        if batch.num_decodes:
-            out[: batch.num_decodes] = _attend_decodes(q[: batch.num_decodes], keys, values, batch)
-        for chunk in batch.prompts:
+        if step.num_decodes:
+            out[: step.num_decodes] = _attend_decodes(q[: step.num_decodes], keys, values, step)
+        for chunk, mask in zip(step.prompts, step.prompt_masks, strict=True):
             out[chunk.start : chunk.end] = _attend_prompt(
-                q[chunk.start : chunk.end], keys, values, chunk
+                q[chunk.start : chunk.end], keys, values, chunk, mask
             )
         return out.flatten(1)
 
 
-def _linear(linear: Linear, x: torch.Tensor, lora: LoRABatch | None, site: int) -> torch.Tensor:
-    y = linear(x)
+def _linear(
+    linear: LinearWeights, x: torch.Tensor, lora: LoRABatch | None, site: int
+) -> torch.Tensor:
+    y = F.linear(x, linear.weight, linear.bias)
     if lora is not None:
         lora.add(site, x, y)
     return y
 
 
 def _attend_decodes(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: ForwardBatch
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: _Step
 ) -> torch.Tensor:
     """One query a sequence over its own row of the cache; q and result ``[D, heads, dim]``.
 
     The query heads that share a kv head are laid along the query axis, so that the cache is read
     once for all of them and never copied.
     """
-    assert batch.decode_mask is not None
-    slots, length = batch.decode_mask.shape[0], batch.decode_mask.shape[-1]
+    assert step.decode_mask is not None
+    slots, length = step.decode_mask.shape[0], step.decode_mask.shape[-1]
     kv_heads = keys.shape[1]
     rows = q
-    if batch.decode_rows is not None:
+    if step.decode_rows is not None:
         rows = q.new_zeros(slots, *q.shape[1:])
-        rows[batch.decode_rows] = q
+        rows[step.decode_rows] = q
     out = F.scaled_dot_product_attention(
         rows.view(slots, kv_heads, -1, q.shape[-1]),
         keys[:slots, :, :length],
         values[:slots, :, :length],
-        attn_mask=batch.decode_mask,
+        attn_mask=step.decode_mask,
     ).reshape(slots, *q.shape[1:])
-    return out if batch.decode_rows is None else out[batch.decode_rows]
+    return out if step.decode_rows is None else out[step.decode_rows]
 
 
 def _attend_prompt(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chunk: PromptChunk
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    chunk: PromptChunk,
+    mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """A chunk of one sequence over its cache, itself included; q and result ``[n, heads, dim]``."""
+    """A chunk of one sequence over its cache, itself included; q and result ``[n, heads, dim]``.
+
+    ``mask`` is ``_prompt_mask(chunk)``.
+    """
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         keys[chunk.slot, :, : chunk.end_position][None],
         values[chunk.slot, :, : chunk.end_position][None],
-        attn_mask=chunk.mask,
-        is_causal=chunk.mask is None,
+        attn_mask=mask,
+        is_causal=mask is None,
         enable_gqa=True,
     )
     return out[0].transpose(0, 1)
+
+
+def _prompt_mask(chunk: PromptChunk, device: torch.device) -> torch.Tensor | None:
+    """Bool ``[rows, end_position]``, true where a row may look; None for a whole prompt, which is
+    plainly causal.
+    """
+    begin = chunk.end_position - (chunk.end - chunk.start)
+    if begin == 0:
+        return None
+    rows = torch.arange(begin, chunk.end_position, device=device)[:, None]
+    return rows >= torch.arange(chunk.end_position, device=device)
+
+
+def _decode_layout(
+    slots: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``_Step.decode_rows`` and ``decode_mask`` for rows in ascending order of their KV slots."""
+    if not len(slots):
+        return None, None
+    used = int(slots[-1]) + 1
+    lengths = torch.zeros(used, dtype=torch.int64)
+    lengths[slots] = positions.long() + 1
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    rows = None if used == len(slots) else slots.long()
+    return rows, mask[:, None, None]
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -230,11 +248,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _rope_tables(
-    spec: DecoderSpec, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, ``[max_positions, 1, head_dim / 2]``, computed in float32."""
+def rope_tables(spec: DecoderSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 ``[max_positions, head_dim / 2]``."""
     angles = torch.arange(spec.max_positions, dtype=torch.float32)[:, None] * spec.inv_freq
-    return tuple(  # type: ignore[return-value]
-        (f(angles) * spec.rope_scale).to(device, dtype)[:, None] for f in (torch.cos, torch.sin)
-    )
+    return angles.cos() * spec.rope_scale, angles.sin() * spec.rope_scale

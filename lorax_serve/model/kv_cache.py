@@ -1,17 +1,27 @@
 """Keys and values of running sequences: one contiguous row of positions per sequence.
 
 On a CPU, gathering pages costs more than the attention itself, so a sequence's keys lie in one
-piece. The memory is reserved for the longest sequence and touched only as far as it is used.
+piece. The memory is reserved for the longest sequence and touched only as far as it is used; what
+a row no longer needs goes back to the operating system, whose virtual memory does the paging.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
-__all__ = ["KVCache"]
+from lorax_serve.core import RowCopy
+
+__all__ = ["KVCache", "affordable_tokens"]
+
+# What cached keys and values may take of the memory that is free at the start; the rest is for
+# adapters, activations and other processes.
+_MEMORY_SHARE = 3
 
 
 class KVCache:
@@ -34,8 +44,13 @@ class KVCache:
         self.max_length = max_length
         self._kv_heads = kv_heads
         shape = (slots, kv_heads, max_length, head_dim)
-        self.keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
-        self.values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self._pages: list[mmap.mmap] = []
+        self.keys = [self._zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.values = [self._zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.key_addresses = [layer.data_ptr() for layer in self.keys]
+        self.value_addresses = [layer.data_ptr() for layer in self.values]
+        self._position_bytes = head_dim * dtype.itemsize
+        self.bytes_per_token = 2 * num_layers * kv_heads * self._position_bytes
         self._head_offsets = torch.arange(kv_heads, device=device) * max_length
 
     @property
@@ -61,12 +76,56 @@ class KVCache:
         for layer in (*self.keys, *self.values):
             layer[slot, :, :length].zero_()
 
+    def copy(self, copies: Iterable[RowCopy]) -> None:
+        """Copy and free as ``RowCopy`` says, one after the other."""
+        for source, destination, length in copies:
+            if source == destination:
+                self.free(source, length)
+                continue
+            for layer in (*self.keys, *self.values):
+                layer[destination, :, :length].copy_(layer[source, :, :length])
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # The kernel gives zeroed pages as they are touched; torch.zeros would touch them all. Small
-    # pages, or the first token of each row and head would take 2 MiB.
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    def free(self, slot: int, length: int) -> None:
+        """Give back the memory of a row's positions from ``length`` on, which then read as finite
+        numbers: zeros, but for the ends of ranges that fill no page."""
+        head = self.max_length * self._position_bytes
+        first = slot * self._kv_heads * head
+        spans = [(first, first + self._kv_heads * head)]
+        if length:
+            begin = length * self._position_bytes
+            heads = range(first, first + self._kv_heads * head, head)
+            spans = [(start + begin, start + head) for start in heads]
+        page = mmap.PAGESIZE
+        whole = [(-(-begin // page) * page, end // page * page) for begin, end in spans]
+        for pages in self._pages:
+            for begin, end in whole:
+                if begin < end:
+                    pages.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def _zeros(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        # The kernel gives zeroed pages as they are touched; torch.zeros would touch them all. Small
+        # pages, or the first token of each row and head would take 2 MiB.
+        # Private: shared pages could not be given back.
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=private)
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+        self._pages.append(pages)
+        return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def affordable_tokens(bytes_per_token: int) -> int:
+    """How many tokens a third of the memory holds that is free for this process now."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        free = min(free, int(kib) * 1024)
+        # A container's limit; "max" where there is none.
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError, StopIteration):
+        pass
+    return free // _MEMORY_SHARE // bytes_per_token

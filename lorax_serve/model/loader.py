@@ -1,10 +1,10 @@
-"""Checkpoint to decoder: safetensors shards read once, q/k/v and gate/up fused as they come."""
+"""Checkpoint to weights: safetensors shards read once, q/k/v and gate/up fused as they come."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,20 @@ import safetensors
 import torch
 
 from lorax_serve.errors import ModelUnsupported
-from lorax_serve.model.decoder import Decoder, DecoderLayer, Linear
 from lorax_serve.model.spec import SITES_PER_LAYER, DecoderSpec, Site
+from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights
 
-__all__ = ["load_decoder"]
+__all__ = ["load_weights"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
-def load_decoder(directory: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """Load a Hugging Face model directory.
+@contextmanager
+def load_weights(
+    directory: Path, dtype: torch.dtype, device: torch.device
+) -> Iterator[DecoderWeights]:
+    """Open a Hugging Face model directory; its layers are read as they are asked for.
 
     Args:
         directory: with ``config.json`` and safetensors weights.
@@ -36,14 +39,13 @@ def load_decoder(directory: Path, dtype: torch.dtype, device: torch.device) -> D
     spec = DecoderSpec.from_directory(directory)
     with ExitStack() as stack:
         checkpoint = _Checkpoint(directory, stack, dtype, device)
-        decoder = _build(spec, checkpoint)
+        yield _weights(spec, checkpoint)
     left = checkpoint.unread()
     if left:
         raise ModelUnsupported(
             f"{directory}: {left[0]} is not part of the forward that is computed here "
             f"({len(left)} such tensors)"
         )
-    return decoder
 
 
 class _Checkpoint:
@@ -103,13 +105,13 @@ def _shards(directory: Path) -> Iterator[Path]:
         )
 
 
-def _build(spec: DecoderSpec, checkpoint: _Checkpoint) -> Decoder:
+def _weights(spec: DecoderSpec, checkpoint: _Checkpoint) -> DecoderWeights:
     embedding = checkpoint.get("model.embed_tokens.weight", spec.vocab_size, spec.hidden_size)
     sites = spec.sites()
-    layers = [
+    layers = (
         _layer(spec, checkpoint, index, sites[index * SITES_PER_LAYER :][:SITES_PER_LAYER])
         for index in range(spec.num_layers)
-    ]
+    )
     norm = checkpoint.get("model.norm.weight", spec.hidden_size)
     if not spec.tied_embeddings:
         head = checkpoint.get("lm_head.weight", spec.vocab_size, spec.hidden_size)
@@ -119,12 +121,12 @@ def _build(spec: DecoderSpec, checkpoint: _Checkpoint) -> Decoder:
             stored = checkpoint.get("lm_head.weight", spec.vocab_size, spec.hidden_size)
             if not torch.equal(stored, embedding):
                 raise ModelUnsupported("lm_head.weight differs from the embedding it is tied to")
-    return Decoder(spec, embedding, layers, norm, head)
+    return DecoderWeights(spec, embedding, norm, head, layers)
 
 
 def _layer(
     spec: DecoderSpec, checkpoint: _Checkpoint, index: int, sites: list[Site]
-) -> DecoderLayer:
+) -> LayerWeights:
     prefix = f"model.layers.{index}"
     hidden = spec.hidden_size
     qkv, o, gate_up, down = (_fused(checkpoint, site) for site in sites)
@@ -134,7 +136,7 @@ def _layer(
             return None
         return checkpoint.get(f"{prefix}.self_attn.{name}.weight", spec.head_dim)
 
-    return DecoderLayer(
+    return LayerWeights(
         input_norm=checkpoint.get(f"{prefix}.input_layernorm.weight", hidden),
         qkv=qkv,
         q_norm=head_norm("q_norm"),
@@ -146,7 +148,7 @@ def _layer(
     )
 
 
-def _fused(checkpoint: _Checkpoint, site: Site) -> Linear:
+def _fused(checkpoint: _Checkpoint, site: Site) -> LinearWeights:
     weights = [
         checkpoint.get(f"{part.path}.weight", part.length, site.in_features) for part in site.slices
     ]
@@ -157,4 +159,4 @@ def _fused(checkpoint: _Checkpoint, site: Site) -> Linear:
         for part, weight in zip(site.slices, weights, strict=True)
     ]
     has_bias = any(f"{part.path}.bias" in checkpoint for part in site.slices)
-    return Linear(torch.cat(weights), torch.cat(biases) if has_bias else None)
+    return LinearWeights(torch.cat(weights), torch.cat(biases) if has_bias else None)

@@ -21,8 +21,17 @@ from lorax_serve.model.spec import Site
 
 __all__ = ["AdapterSites", "LoRABatch", "MultiLoRA", "fold"]
 
-AdapterSites = tuple[SiteLoRA | None, ...]
-"""An adapter in the form that the batch ops read: one entry a site, None where it has no LoRA."""
+
+@dataclass(frozen=True, slots=True)
+class AdapterSites:
+    """An adapter as the torch ops read it: one entry a site, None where it has no LoRA."""
+
+    sites: tuple[SiteLoRA | None, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all A and B."""
+        return sum(site.nbytes for site in self.sites if site is not None)
 
 
 def fold(weights: LoRAWeights, sites: Sequence[Site], dtype: torch.dtype) -> AdapterSites:
@@ -49,7 +58,7 @@ def fold(weights: LoRAWeights, sites: Sequence[Site], dtype: torch.dtype) -> Ada
             f"the weights overflow {dtype} once B is scaled by "
             f"{max(pair.scale for pair in weights.pairs.values()):g} (lora_alpha, r)",
         )
-    return folded
+    return AdapterSites(folded)
 
 
 def _fold_site(weights: LoRAWeights, site: Site, dtype: torch.dtype) -> SiteLoRA | None:
@@ -88,7 +97,7 @@ class LoRABatch:
             n = self.num_decodes
             add_lora_masked(x[:n], y[:n], stacked, self.foreign[site])
         for start, end, adapter in self.segments:
-            if (lora := adapter[site]) is not None:
+            if (lora := adapter.sites[site]) is not None:
                 add_lora_segment(x[start:end], y[start:end], lora)
 
 
@@ -104,11 +113,15 @@ class MultiLoRA:
         self._rows_of: tuple[int, ...] = ()
         self._foreign: list[torch.Tensor | None] = []
 
+    def prepare(self, adapter: AdapterSites) -> AdapterSites:
+        """The form that ``put`` takes and the host keeps: here, the adapter itself."""
+        return adapter
+
     def put(self, slot: int, adapter: AdapterSites) -> None:
         """Bring an adapter into a slot, over what was there."""
         self.clear(slot)
-        self._slots[slot] = tuple(
-            None if site is None else site.to(self._device) for site in adapter
+        self._slots[slot] = AdapterSites(
+            tuple(None if site is None else site.to(self._device) for site in adapter.sites)
         )
 
     def clear(self, slot: int) -> None:
@@ -136,7 +149,9 @@ class MultiLoRA:
         # Stacking copies the active adapters once; steps with the same ones share the copy.
         if active != self._stack_of:
             self._stacked = [
-                StackedLoRA.build([self._slots[slot][index] for slot in active], site.out_features)
+                StackedLoRA.build(
+                    [self._slots[slot].sites[index] for slot in active], site.out_features
+                )
                 for index, site in enumerate(self._sites)
             ]
             self._stack_of, self._rows_of = active, ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
@@ -10,15 +11,25 @@ import torch
 from lorax_serve.adapter import LoRAWeights
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import Batch, ModelInfo, SamplingParams, Sequence
-from lorax_serve.errors import ModelUnsupported
-from lorax_serve.model.decoder import ForwardBatch, PromptChunk
-from lorax_serve.model.kv_cache import KVCache
-from lorax_serve.model.loader import load_decoder
-from lorax_serve.model.multi_lora import AdapterSites, MultiLoRA, fold
+from lorax_serve.errors import InvalidRequest, ModelUnsupported
+from lorax_serve.kernels.build import KernelsUnavailable
+from lorax_serve.model.compiled_decoder import CompiledDecoder
+from lorax_serve.model.decoder import Decoder, ForwardBatch, PromptChunk
+from lorax_serve.model.kv_cache import KVCache, affordable_tokens
+from lorax_serve.model.loader import load_weights
+from lorax_serve.model.multi_lora import AdapterSites, fold
+from lorax_serve.model.packed_lora import PackedAdapter
 from lorax_serve.model.sampler import Sample, sample
 from lorax_serve.model.source import resolve_model
+from lorax_serve.model.spec import DecoderSpec
+from lorax_serve.model.weights import DecoderWeights
 
-__all__ = ["ModelRunner"]
+__all__ = ["HostAdapter", "ModelRunner"]
+
+HostAdapter = AdapterSites | PackedAdapter
+"""An adapter in host memory, in the form that the decoder's slots take."""
+
+log = logging.getLogger(__name__)
 
 _DEFAULT_MAX_LENGTH = 4096
 
@@ -36,23 +47,24 @@ class ModelRunner:
         directory = resolve_model(config.model)
         device = _device(config.device)
         dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
-        self._decoder = load_decoder(directory, dtype, device)
+        with load_weights(directory, dtype, device) as weights:
+            self.max_length = _max_length(config, weights.spec)
+            self._decoder = _decoder(config, weights, self.max_length)
         spec = self._decoder.spec
-        self.max_length = config.max_sequence_length or min(spec.max_positions, _DEFAULT_MAX_LENGTH)
-        if self.max_length > spec.max_positions:
-            raise ModelUnsupported(
-                f"max_sequence_length {self.max_length}: this model's limit is {spec.max_positions}"
-            )
+        # Rows beyond the running sequences' keep prefixes. On a CPU they cost no memory, and with
+        # compiled kernels no time: plain torch attends over all rows up to the last that decodes.
+        spare = config.prefix_caching and self._decoder.kernels is not None
+        self.kv_rows = config.max_batch_size * (2 if spare else 1)
         self._cache = KVCache(
             spec.num_layers,
-            config.max_batch_size,
+            self.kv_rows,
             spec.num_kv_heads,
             self.max_length,
             spec.head_dim,
             dtype,
             device,
         )
-        self._lora = MultiLoRA(self._decoder.sites, device)
+        self.kv_tokens = _kv_budget(config, self._cache, device)
         self.linear_modules = spec.linear_modules()
         self.info = ModelInfo(
             model=config.model,
@@ -62,21 +74,22 @@ class ModelRunner:
             vocab_size=spec.vocab_size,
             max_sequence_length=self.max_length,
             eos_token_ids=spec.eos_token_ids,
-            num_parameters=self._decoder.num_parameters,
-            kv_cache_bytes=self._cache.nbytes,
+            num_parameters=spec.num_parameters,
+            kv_cache_bytes=self.kv_tokens * self._cache.bytes_per_token,
         )
 
-    def fold(self, weights: LoRAWeights) -> AdapterSites:
-        """See ``multi_lora.fold``; thread-safe."""
-        return fold(weights, self._decoder.sites, self._decoder.dtype)
+    def fold(self, weights: LoRAWeights) -> HostAdapter:
+        """``multi_lora.fold``, then the form that the decoder's slots take; thread-safe."""
+        folded = fold(weights, self._decoder.spec.sites(), self._decoder.dtype)
+        return self._decoder.lora.prepare(folded)
 
-    def put_adapter(self, slot: int, adapter: AdapterSites) -> None:
+    def put_adapter(self, slot: int, adapter: HostAdapter) -> None:
         """Bring an adapter into a device slot, over what was there."""
-        self._lora.put(slot, adapter)
+        self._decoder.lora.put(slot, adapter)  # type: ignore[arg-type]  # what its prepare made
 
     def clear_adapter(self, slot: int) -> None:
         """Free a device slot's memory."""
-        self._lora.clear(slot)
+        self._decoder.lora.clear(slot)
 
     def scrub(self, sequence: Sequence) -> None:
         """Zero a sequence's keys and values, after a failure that may have left NaN in them."""
@@ -93,8 +106,11 @@ class ModelRunner:
     def run(self, batch: Batch) -> list[tuple[Sequence, Sample]]:
         """Compute a step and sample a token for every sequence whose tokens are all computed.
 
-        The sequences are not changed; their rows of the cache are.
+        The sequences are not changed; their rows of the cache are, and those of ``batch.copies``.
         """
+        self._cache.copy(batch.copies)
+        if not batch:
+            return []
         # Decoding rows in the order of their KV slots, so that attention reads the cache in place.
         decodes = sorted(batch.decodes, key=lambda s: s.kv_slot)
         chunks = [(s, s.computed, s.computed + n) for s, n in batch.prefills]
@@ -109,12 +125,17 @@ class ModelRunner:
             return []
         if len(rows) < len(hidden):
             hidden = hidden[rows]
-        return list(zip(sampled, sample(self._decoder.logits(hidden), sampled), strict=True))
+        return list(
+            zip(
+                sampled,
+                sample(self._decoder.logits(hidden), sampled, self._decoder.kernels),
+                strict=True,
+            )
+        )
 
     def _prepare(
         self, decodes: Seq[Sequence], chunks: Seq[tuple[Sequence, int, int]]
     ) -> ForwardBatch:
-        device = self._decoder.device
         tokens = [s.tokens[-1] for s in decodes]
         positions = [s.computed for s in decodes]
         slots = [s.kv_slot for s in decodes]
@@ -124,45 +145,54 @@ class ModelRunner:
             tokens += sequence.tokens[begin:end]
             positions += range(begin, end)
             slots += [sequence.kv_slot] * (end - begin)
-            mask = None if begin == 0 else _chunk_mask(begin, end, device)
-            prompts.append(PromptChunk(start, len(tokens), sequence.kv_slot, end, mask))
+            prompts.append(PromptChunk(start, len(tokens), sequence.kv_slot, end))
             adapters.append((start, len(tokens), sequence.adapter_slot))
-        position_ids = torch.tensor(positions, device=device)
-        kv_slots = torch.tensor(slots, device=device)
-        decode_rows, decode_mask = _decode_layout(decodes, device)
         return ForwardBatch(
-            token_ids=torch.tensor(tokens, device=device),
-            positions=position_ids,
-            kv_index=self._cache.index(kv_slots, position_ids),
+            token_ids=torch.tensor(tokens, dtype=torch.int32),
+            positions=torch.tensor(positions, dtype=torch.int32),
+            kv_slots=torch.tensor(slots, dtype=torch.int32),
             num_decodes=len(decodes),
-            decode_rows=decode_rows,
-            decode_mask=decode_mask,
             prompts=prompts,
-            lora=self._lora.batch([s.adapter_slot for s in decodes], adapters),
+            lora=self._decoder.lora.batch([s.adapter_slot for s in decodes], adapters),
         )
 
 
-def _chunk_mask(begin: int, end: int, device: torch.device) -> torch.Tensor:
-    """Causal for rows ``begin..end-1`` over positions ``0..end-1``: bool ``[end-begin, end]``."""
-    rows = torch.arange(begin, end, device=device)[:, None]
-    return rows >= torch.arange(end, device=device)
+def _max_length(config: EngineConfig, spec: DecoderSpec) -> int:
+    limit = spec.max_positions
+    length = config.max_sequence_length or min(limit, _DEFAULT_MAX_LENGTH)
+    if length > limit:
+        raise ModelUnsupported(f"max_sequence_length {length}: this model's limit is {limit}")
+    return length
 
 
-def _decode_layout(
-    decodes: Seq[Sequence], device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """``ForwardBatch.decode_rows`` and ``decode_mask`` for sequences sorted by KV slot."""
-    if not decodes:
-        return None, None
-    slots = [s.kv_slot for s in decodes]
-    used = slots[-1] + 1
-    lengths = [0] * used
-    for sequence in decodes:
-        lengths[sequence.kv_slot] = sequence.computed + 1
-    limit = torch.tensor(lengths, device=device)[:, None]
-    mask = torch.arange(max(lengths), device=device) < limit
-    rows = None if used == len(slots) else torch.tensor(slots, device=device)
-    return rows, mask[:, None, None]
+def _decoder(
+    config: EngineConfig, weights: DecoderWeights, max_length: int
+) -> Decoder | CompiledDecoder:
+    """The compiled decoder where this machine can run it, else the one in plain torch."""
+    if config.kernels == "torch":
+        return Decoder(weights)
+    try:
+        return CompiledDecoder(weights, max_length)
+    except KernelsUnavailable as error:
+        if config.kernels == "compiled":
+            raise ModelUnsupported(f"--kernels compiled: {error}") from error
+        log.info("no compiled kernels (%s): plain torch, which is slower on a CPU", error)
+        return Decoder(weights)
+
+
+def _kv_budget(config: EngineConfig, cache: KVCache, device: torch.device) -> int:
+    """Tokens that the KV cache may hold: at least one sequence must be able to run to its end."""
+    most, length = config.kv_cache_tokens, cache.max_length
+    if most is None:
+        most = config.max_batch_size * length
+        if device.type == "cpu":
+            most = max(length, min(most, affordable_tokens(cache.bytes_per_token)))
+    if most < length:
+        raise InvalidRequest(
+            f"kv_cache_tokens {most} is less than one sequence may have: max_sequence_length is "
+            f"{length}"
+        )
+    return most
 
 
 def _device(name: str) -> torch.device:

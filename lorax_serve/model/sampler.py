@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from lorax_serve import core
+from lorax_serve.kernels.cpu import Kernels
 
 __all__ = ["Sample", "draw", "kept_by_filters", "sample", "uniform"]
 
-# Draws from the whole distribution before rows with a small nucleus are sorted after all.
-_DRAWS_BEFORE_SORT = 16
 _MASK = (1 << 64) - 1
 
 
@@ -40,25 +39,33 @@ def uniform(seed: int, position: int, attempt: int) -> float:
     return (z >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, sequences: Sequence[core.Sequence]) -> list[Sample]:
+def sample(
+    logits: torch.Tensor, sequences: Sequence[core.Sequence], kernels: Kernels | None = None
+) -> list[Sample]:
     """Choose the next token of each sequence.
 
     Args:
-        logits: float32 ``[len(sequences), vocab]``; changed in place.
+        logits: float32 ``[len(sequences), vocab]``, contiguous; changed in place.
         sequences: whose next token each row is.
+        kernels: compiled ones that do the same for rows on the CPU; None is plain torch.
     """
-    # A sum is finite only if all its terms are: one pass over the logits finds every NaN.
-    finite = torch.isfinite(logits.sum(dim=-1)).tolist()
+    if kernels is not None:
+        best = kernels.most_probable(logits)
+        finite = [token >= 0 for token in best]
+    else:
+        # A sum is finite only if all its terms are: one pass over the logits finds every NaN.
+        finite = torch.isfinite(logits.sum(dim=-1)).tolist()
     with_logprobs = [
         row for row, s in enumerate(sequences) if finite[row] and s.sampling.logprobs is not None
     ]
     logprobs = logits[with_logprobs].log_softmax(dim=-1) if with_logprobs else logits[:0]
-    for row, sequence in enumerate(sequences):
-        _penalise(logits[row], sequence)
-    tokens = logits.argmax(dim=-1).tolist()
+    changed = [_penalise(logits, row, sequence) for row, sequence in enumerate(sequences)]
     drawn = [row for row, s in enumerate(sequences) if finite[row] and not s.sampling.greedy]
+    if kernels is None or any(changed):
+        best = logits.argmax(dim=-1).tolist()
+    tokens = best
     if drawn:
-        for row, token in zip(drawn, _draw_rows(logits, drawn, sequences), strict=True):
+        for row, token in zip(drawn, _draw_rows(logits, drawn, sequences, kernels), strict=True):
             tokens[row] = token
     samples = [Sample(token if ok else None) for token, ok in zip(tokens, finite, strict=True)]
     for row, values in zip(with_logprobs, logprobs, strict=True):
@@ -66,22 +73,37 @@ def sample(logits: torch.Tensor, sequences: Sequence[core.Sequence]) -> list[Sam
     return samples
 
 
-def _penalise(row: torch.Tensor, sequence: core.Sequence) -> None:
-    """Repetition penalty (arXiv:1909.05858) and the ban on EOS, on one row ``[vocab]``."""
+def _penalise(logits: torch.Tensor, index: int, sequence: core.Sequence) -> bool:
+    """Repetition penalty (arXiv:1909.05858) and the ban on EOS on one row; whether it changed."""
     penalty = sequence.sampling.repetition_penalty
+    banned = sequence.generated < sequence.min_new_tokens and bool(sequence.eos_token_ids)
     if penalty != 1:
+        row = logits[index]
         seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if sequence.generated < sequence.min_new_tokens and sequence.eos_token_ids:
-        row[list(sequence.eos_token_ids)] = -torch.inf
+    if banned:
+        logits[index][list(sequence.eos_token_ids)] = -torch.inf
+    return banned or penalty != 1
 
 
 def _draw_rows(
-    logits: torch.Tensor, rows: list[int], sequences: Sequence[core.Sequence]
+    logits: torch.Tensor,
+    rows: list[int],
+    sequences: Sequence[core.Sequence],
+    kernels: Kernels | None,
 ) -> list[int]:
     chosen = [sequences[row] for row in rows]
     params = [s.sampling for s in chosen]
+    if kernels is not None and all(p.top_k == 0 for p in params):
+        return kernels.draw(
+            logits,
+            rows,
+            [p.temperature for p in params],
+            [p.top_p for p in params],
+            [p.seed for p in params],
+            [s.generated for s in chosen],
+        )
     temperature = torch.tensor([p.temperature for p in params], device=logits.device)
     scaled = logits if len(rows) == len(logits) else logits[rows]
     probs = (scaled / temperature[:, None]).softmax(dim=-1)
@@ -106,9 +128,9 @@ def draw(
         top_p: 1 keeps all.
         uniforms: random numbers of these rows for this attempt.
 
-    Rows with a top-k are cut by ``torch.topk``. The others need no sort: a token drawn from the
-    full distribution is in the nucleus exactly if the tokens more probable than it have less mass
-    than top_p; if it is not, draw again.
+    Rows with a top-k are cut by ``torch.topk``. The others need no sort: a token is in the nucleus
+    exactly if the tokens more probable than it have less mass than top_p. One that is not rules
+    out all that are no more probable, and the next attempt draws from the rest.
     """
     vocab = probs.shape[-1]
     result = [0] * len(probs)
@@ -119,12 +141,15 @@ def draw(
     if not pending:
         return result
     left = probs if not cut else probs[pending]
-    cdf = left.cumsum(dim=-1, dtype=torch.float64)
-    for attempt in range(_DRAWS_BEFORE_SORT):
+    total = left.sum(dim=-1, dtype=torch.float64)
+    attempt = 0
+    while True:
+        cdf = left.cumsum(dim=-1, dtype=torch.float64)
         u = torch.tensor(uniforms(pending, attempt), dtype=torch.float64, device=probs.device)
         tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)
         tokens.clamp_(max=vocab - 1)
-        above = torch.where(left > left.gather(1, tokens), left, 0).sum(dim=-1).tolist()
+        left = torch.where(left > left.gather(1, tokens), left, 0)
+        above = (left.sum(dim=-1, dtype=torch.float64) / total).tolist()
         kept = [top_p[row] >= 1 or a < top_p[row] for row, a in zip(pending, above, strict=True)]
         for row, token, ok in zip(pending, tokens[:, 0].tolist(), kept, strict=True):
             if ok:
@@ -132,13 +157,9 @@ def draw(
         again = [i for i, ok in enumerate(kept) if not ok]
         if not again:
             return result
-        if len(again) < len(pending):
-            left, cdf = left[again], cdf[again]
-            pending = [pending[i] for i in again]
-    for row, p in zip(pending, left, strict=True):
-        u0 = uniforms([row], _DRAWS_BEFORE_SORT)[0]
-        result[row] = _draw_sorted(p, vocab, top_p[row], u0)
-    return result
+        left, total = left[again], total[again]
+        pending = [pending[i] for i in again]
+        attempt += 1
 
 
 def _draw_sorted(probs: torch.Tensor, top_k: int, top_p: float, u: float) -> int:

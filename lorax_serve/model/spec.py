@@ -39,11 +39,15 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One fused linear, ``y = x @ W.T`` with W of ``[out_features, in_features]``."""
+    """One fused linear, ``y = x @ W.T`` with W of ``[out_features, in_features]``.
+
+    ``gated`` says that ``silu(first half of y) * second half`` is what is made of it.
+    """
 
     in_features: int
     out_features: int
     slices: tuple[Slice, ...]
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +132,21 @@ class DecoderSpec:
                     ],
                 ),
                 _site(q, [(f"{attention}.o_proj", self.hidden_size)]),
-                _site(self.hidden_size, [(f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner)]),
+                _site(
+                    self.hidden_size,
+                    [(f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner)],
+                    gated=True,
+                ),
                 _site(inner, [(f"{mlp}.down_proj", self.hidden_size)]),
             ]
         return found
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights of the linears and the embeddings; tied ones count once."""
+        linears = sum(site.in_features * site.out_features for site in self.sites())
+        embeddings = self.vocab_size * self.hidden_size
+        return linears + (embeddings if self.tied_embeddings else 2 * embeddings)
 
     def linear_modules(self) -> dict[str, LinearShape]:
         """Every linear module by its path in the transformers model, lm_head last."""
@@ -144,12 +159,12 @@ class DecoderSpec:
         return modules
 
 
-def _site(in_features: int, modules: list[tuple[str, int]]) -> Site:
+def _site(in_features: int, modules: list[tuple[str, int]], *, gated: bool = False) -> Site:
     slices, start = [], 0
     for path, length in modules:
         slices.append(Slice(path, start, length))
         start += length
-    return Site(in_features, start, tuple(slices))
+    return Site(in_features, start, tuple(slices), gated)
 
 
 def _refuse_inexact(config: Any, directory: Path) -> None:

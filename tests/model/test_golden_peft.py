@@ -15,7 +15,7 @@ from lorax_serve import adapter as leaf
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import BASE, Batch, SamplingParams, Sequence
 from lorax_serve.model.runner import ModelRunner
-from tests.helpers import TINY_LLAMA, save_peft_adapter, save_tiny_model
+from tests.helpers import TINY_LLAMA, needs_kernels, save_peft_adapter, save_tiny_model
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "rank4": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
@@ -71,12 +71,25 @@ def load(runner: ModelRunner, slot: int, directory: Path) -> None:
     runner.put_adapter(slot, runner.fold(weights))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("device", "kernels"),
+    [
+        pytest.param("cpu", "torch", id="torch"),
+        pytest.param("cpu", "compiled", id="compiled", marks=needs_kernels),
+        pytest.param("cuda", "torch", id="cuda", marks=pytest.mark.gpu),
+    ],
+)
 def test_mixed_batch_equals_peft_alone(
-    tiny_model: Path, make_adapter: Callable[..., Path], device: str
+    tiny_model: Path, make_adapter: Callable[..., Path], device: str, kernels: str
 ) -> None:
     runner = LogitsRunner(
-        EngineConfig(model=str(tiny_model), dtype="float32", max_batch_size=12, device=device)
+        EngineConfig(
+            model=str(tiny_model),
+            dtype="float32",
+            max_batch_size=12,
+            device=device,
+            kernels=kernels,
+        )
     )
     names: list[str | None] = [None, *ADAPTERS, None, *ADAPTERS]
     slots = {name: slot for slot, name in enumerate(ADAPTERS)}

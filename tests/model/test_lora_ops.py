@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from lorax_serve.core import BASE
+from lorax_serve.kernels.cpu import ADD, Arena, PackedLinear
+from lorax_serve.kernels.cpu import load as load_kernels
 from lorax_serve.model.lora_ops import SiteLoRA, add_lora_reference, add_lora_segment
-from lorax_serve.model.multi_lora import MultiLoRA
+from lorax_serve.model.multi_lora import AdapterSites, MultiLoRA
+from lorax_serve.model.packed_lora import PackedLoRA
 from lorax_serve.model.spec import Site, Slice
+from tests.helpers import needs_kernels
 
-IN, Q, KV = 24, 16, 8
+IN, Q, KV = 48, 32, 16
 SITES = [
     Site(IN, Q + 2 * KV, (Slice("q", 0, Q), Slice("k", Q, KV), Slice("v", Q + KV, KV))),
     Site(Q, IN, (Slice("o", 0, IN),)),
@@ -40,9 +47,14 @@ def random_adapter(site: Site, rank: int, seed: int, only: slice = slice(None)) 
     return SiteLoRA(torch.randn(first, site.in_features, generator=generator), tuple(parts))
 
 
+Adapters = dict[int, tuple[SiteLoRA | None, ...]]
+Step = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""Adds a step's LoRA at a site: x, and y that is changed in place."""
+
+
 @pytest.fixture
-def adapters() -> dict[int, tuple[SiteLoRA | None, ...]]:
-    found: dict[int, tuple[SiteLoRA | None, ...]] = {
+def adapters() -> Adapters:
+    found: Adapters = {
         slot: (random_adapter(SITES[0], rank, slot), random_adapter(SITES[1], rank, 50 + slot))
         for slot, rank in RANKS.items()
     }
@@ -51,12 +63,63 @@ def adapters() -> dict[int, tuple[SiteLoRA | None, ...]]:
     return found
 
 
+class TorchSlots:
+    """The slots of the torch decoder."""
+
+    def __init__(self) -> None:
+        self.slots = MultiLoRA(SITES, torch.device("cpu"))
+
+    def put(self, slot: int, adapter: tuple[SiteLoRA | None, ...]) -> None:
+        self.slots.put(slot, self.slots.prepare(AdapterSites(adapter)))
+
+    def step(self, decodes: list[int], prompts: list[tuple[int, int, int]]) -> Step | None:
+        batch = self.slots.batch(decodes, prompts)
+        return None if batch is None else batch.add
+
+
+class CompiledSlots:
+    """The slots of the compiled decoder, applied by a linear whose own weights are zero."""
+
+    def __init__(self) -> None:
+        self.slots = PackedLoRA(SITES, torch.float32)
+        self.linears = [
+            PackedLinear.pack(torch.zeros(site.out_features, site.in_features), None, Arena())
+            for site in SITES
+        ]
+
+    def put(self, slot: int, adapter: tuple[SiteLoRA | None, ...]) -> None:
+        self.slots.put(slot, self.slots.prepare(AdapterSites(adapter)))
+
+    def step(self, decodes: list[int], prompts: list[tuple[int, int, int]]) -> Step | None:
+        batch = self.slots.batch(decodes, prompts)
+        if batch is None:
+            return None
+        kernels, lora = load_kernels(torch.float32), ctypes.addressof(batch)
+
+        def add(site: int, x: torch.Tensor, y: torch.Tensor) -> None:
+            linear = self.linears[site]
+            kernels.linear(linear, ADD, x.data_ptr(), len(x), y.data_ptr(), lora, site)
+
+        return add
+
+
+every_kind = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(TorchSlots, id="torch"),
+        pytest.param(CompiledSlots, id="compiled", marks=needs_kernels),
+    ],
+)
+Kind = type[TorchSlots | CompiledSlots]
+
+
+@every_kind
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("prompts", [[], [3], [BASE, 1, 2]], ids=["decode", "one prompt", "three"])
 def test_batch_equals_reference(
-    mix: str, prompts: list[int], adapters: dict[int, tuple[SiteLoRA | None, ...]]
+    kind: Kind, mix: str, prompts: list[int], adapters: Adapters
 ) -> None:
-    lora = MultiLoRA(SITES, torch.device("cpu"))
+    lora = kind()
     for slot, adapter in adapters.items():
         lora.put(slot, adapter)
     decodes = MIXES[mix]
@@ -64,7 +127,7 @@ def test_batch_equals_reference(
     for length, slot in enumerate(prompts, 2):
         chunks.append((len(slots), len(slots) + length, slot))
         slots += [slot] * length
-    batch = lora.batch(decodes, chunks)
+    add = lora.step(decodes, chunks)
     for index, site in enumerate(SITES):
         x = torch.randn(len(slots), site.in_features, generator=torch.Generator().manual_seed(1))
         y = torch.randn(len(slots), site.out_features, generator=torch.Generator().manual_seed(2))
@@ -72,15 +135,15 @@ def test_batch_equals_reference(
         here = {slot: adapter[index] for slot, adapter in adapters.items()}
         present = {slot: adapter for slot, adapter in here.items() if adapter is not None}
         add_lora_reference(x, want, slots, present)
-        if batch is not None:
-            batch.add(index, x, got)
+        if add is not None:
+            add(index, x, got)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
         untouched = [row for row, slot in enumerate(slots) if slot not in present]
         assert torch.equal(got[untouched], y[untouched])
-    assert (batch is None) == all(slot == BASE for slot in slots)
+    assert (add is None) == all(slot == BASE for slot in slots)
 
 
-def test_segment_equals_reference(adapters: dict[int, tuple[SiteLoRA | None, ...]]) -> None:
+def test_segment_equals_reference(adapters: Adapters) -> None:
     x, y = torch.randn(7, IN), torch.zeros(7, SITES[0].out_features)
     adapter = adapters[2][0]
     assert adapter is not None
@@ -90,34 +153,32 @@ def test_segment_equals_reference(adapters: dict[int, tuple[SiteLoRA | None, ...
     torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-5)
 
 
-def test_a_slot_that_gets_another_adapter_is_stacked_anew(
-    adapters: dict[int, tuple[SiteLoRA | None, ...]],
-) -> None:
-    lora = MultiLoRA(SITES, torch.device("cpu"))
+@every_kind
+def test_a_slot_that_gets_another_adapter_forgets_the_first(kind: Kind, adapters: Adapters) -> None:
+    lora = kind()
     x = torch.randn(2, IN)
     for adapter in (adapters[0], adapters[3]):
         lora.put(5, adapter)
-        batch = lora.batch([5, BASE], [])
-        assert batch is not None
+        add = lora.step([5, BASE], [])
+        assert add is not None
         y = torch.zeros(2, SITES[0].out_features)
-        batch.add(0, x, y)
+        add(0, x, y)
         want = torch.zeros_like(y)
         assert adapter[0] is not None
         add_lora_reference(x, want, [5, BASE], {5: adapter[0]})
         torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-5)
 
 
-def test_one_rows_overflow_stays_its_own(
-    adapters: dict[int, tuple[SiteLoRA | None, ...]],
-) -> None:
-    lora = MultiLoRA(SITES, torch.device("cpu"))
+@every_kind
+def test_one_rows_overflow_stays_its_own(kind: Kind, adapters: Adapters) -> None:
+    lora = kind()
     huge = adapters[0][0]
     assert huge is not None
     lora.put(0, (SiteLoRA(huge.a * 1e38, huge.parts), None))
     lora.put(2, adapters[2])
-    batch = lora.batch([0, 2, BASE], [])
-    assert batch is not None
+    add = lora.step([0, 2, BASE], [])
+    assert add is not None
     y = torch.zeros(3, SITES[0].out_features)
-    batch.add(0, 10 * torch.ones(3, IN), y)
+    add(0, 10 * torch.ones(3, IN), y)
     assert not torch.isfinite(y[0]).all()
     assert torch.isfinite(y[1:]).all()

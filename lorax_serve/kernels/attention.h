@@ -1,0 +1,375 @@
+// RoPE, the write into the KV cache, and attention of decoding rows and of prompts.
+//
+// The cache is [slots, kv_heads, max_length, head_dim] a layer. qkv is [rows, (heads + 2 kv_heads)
+// * head_dim]; its q and k are rotated in place.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "linear.h"
+#include "vec.h"
+
+namespace lorax {
+
+struct Attention {
+  int32_t heads, kv_heads, head_dim, max_length;
+  float scale, eps;
+  const float* cos;     // [positions, head_dim / 2]
+  const float* sin;
+  const void* q_norm;   // [head_dim] or null
+  const void* k_norm;
+};
+
+struct Prompt {             // a chunk of one sequence: rows [start, end)
+  int32_t start, end;
+};
+
+struct Rows {
+  const int32_t* kv_slot;   // [rows]
+  const int32_t* position;  // [rows]
+  const Prompt* prompts;
+  int32_t num_rows;
+  int32_t num_decodes;      // the first rows, each of another sequence
+  int32_t num_prompts;
+};
+
+// By halves, as Hugging Face checkpoints expect it.
+template <class E>
+inline void rotate(typename E::T* v, int dim, const float* cos, const float* sin) {
+  const int half = dim / 2;
+  if (half % PANEL) {
+    for (int i = 0; i < half; i++) {
+      const float a = E::to_float(v[i]), b = E::to_float(v[i + half]);
+      v[i] = E::from_float(a * cos[i] - b * sin[i]);
+      v[i + half] = E::from_float(b * cos[i] + a * sin[i]);
+    }
+    return;
+  }
+  for (int i = 0; i < half; i += PANEL) {
+    const V a = E::widen(v + i), b = E::widen(v + i + half);
+    const V c = _mm512_loadu_ps(cos + i), s = _mm512_loadu_ps(sin + i);
+    E::narrow(v + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+    E::narrow(v + i + half, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+  }
+}
+
+// scores[0..length) = scale * keys @ q
+template <class E>
+void score(const typename E::T* q, const typename E::T* keys, int dim, int length, float scale,
+           float* scores) {
+  const __m256 scales = _mm256_set1_ps(scale);
+  for (int p = 0; p < length; p += 8) {
+    V acc[8];
+    for (int i = 0; i < 8; i++) acc[i] = zero();
+    // Reading past the end is within the row's own memory or repeats its last position.
+    for (int i = 0; i < 8; i++) {
+      const typename E::T* key = keys + long(std::min(p + i, length - 1)) * dim;
+      for (int d = 0; d < dim; d += E::DOT)
+        acc[i] = E::multiply(acc[i], E::load(q + d), E::load(key + d));
+    }
+    _mm256_storeu_ps(scores + p, _mm256_mul_ps(sum_lanes(acc), scales));
+  }
+}
+
+inline __mmask16 first_lanes(int n) { return n >= PANEL ? 0xffff : (1u << n) - 1; }
+
+// In place; returns the reciprocal of the sum. scores has room for a multiple of 16.
+inline float exponentials(float* scores, int length) {
+  V most = _mm512_set1_ps(scores[0]);
+  for (int p = 0; p < length; p += PANEL)
+    most = _mm512_mask_max_ps(most, first_lanes(length - p), most, _mm512_loadu_ps(scores + p));
+  const V shift = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+  V sum = zero();
+  for (int p = 0; p < length; p += PANEL) {
+    const V e = exp(_mm512_sub_ps(_mm512_loadu_ps(scores + p), shift));
+    const V kept = _mm512_maskz_mov_ps(first_lanes(length - p), e);
+    _mm512_storeu_ps(scores + p, kept);
+    sum = _mm512_add_ps(sum, kept);
+  }
+  return 1.0f / _mm512_reduce_add_ps(sum);
+}
+
+// G heads' weighted sums of values, 4 registers (64 columns) or fewer at a time.
+template <class E, int G, int N>
+void weigh(const float* scores, long ld_scores, const float* norms, const typename E::T* values,
+           int dim, int length, typename E::T* out) {
+  V acc[G][N];
+  for (int g = 0; g < G; g++)
+    for (int n = 0; n < N; n++) acc[g][n] = zero();
+  for (int p = 0; p < length; p++) {
+    V v[N];
+    for (int n = 0; n < N; n++) v[n] = E::widen(values + long(p) * dim + n * PANEL);
+    for (int g = 0; g < G; g++) {
+      const V weight = _mm512_set1_ps(scores[g * ld_scores + p]);
+      for (int n = 0; n < N; n++) acc[g][n] = _mm512_fmadd_ps(weight, v[n], acc[g][n]);
+    }
+  }
+  for (int g = 0; g < G; g++)
+    for (int n = 0; n < N; n++)
+      E::narrow(out + g * dim + n * PANEL, _mm512_mul_ps(acc[g][n], _mm512_set1_ps(norms[g])));
+}
+
+template <class E, int N>
+void weigh_heads(int group, const float* scores, long ld, const float* norms,
+                 const typename E::T* values, int dim, int length, typename E::T* out) {
+  for (; group >= 4; group -= 4, scores += 4 * ld, norms += 4, out += 4 * dim)
+    weigh<E, 4, N>(scores, ld, norms, values, dim, length, out);
+  if (group == 3) weigh<E, 3, N>(scores, ld, norms, values, dim, length, out);
+  if (group == 2) weigh<E, 2, N>(scores, ld, norms, values, dim, length, out);
+  if (group == 1) weigh<E, 1, N>(scores, ld, norms, values, dim, length, out);
+}
+
+// One decoding row and kv head, for all query heads of the group. scratch: group rows of scores.
+template <class E>
+void attend_head(const typename E::T* q, const typename E::T* keys, const typename E::T* values,
+                 int group, int dim, int length, float scale, float* scratch, long ld,
+                 typename E::T* out) {
+  float norms[64];
+  for (int g = 0; g < group; g++) {
+    score<E>(q + g * dim, keys, dim, length, scale, scratch + g * ld);
+    norms[g] = exponentials(scratch + g * ld, length);
+  }
+  int d = 0;
+  for (; d + 4 * PANEL <= dim; d += 4 * PANEL)
+    weigh_heads<E, 4>(group, scratch, ld, norms, values + d, dim, length, out + d);
+  for (; d + PANEL <= dim; d += PANEL)
+    weigh_heads<E, 1>(group, scratch, ld, norms, values + d, dim, length, out + d);
+}
+
+constexpr int QUERY_ROWS = 32;   // rows of a prompt that a task takes
+constexpr int KEYS = 64;         // positions that are packed, and attended to, at a time
+
+inline void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// KEYS keys [position, dim] to panels of 16 positions, [KEYS / 16][dim / STEP][16][STEP]; positions
+// from `valid` on become zero.
+template <class E>
+void pack_keys(const typename E::T* keys, int dim, int valid, typename E::T* panels) {
+  const int words = dim / E::STEP;  // a step is four bytes
+  for (int p = 0; p < KEYS; p += PANEL)
+    for (int w = 0; w < words; w += PANEL) {
+      __m512i block[16];
+      const __mmask16 mask = first_lanes(words - w);
+      for (int i = 0; i < 16; i++)
+        block[i] = p + i < valid
+                       ? _mm512_maskz_loadu_epi32(mask, keys + long(p + i) * dim + w * E::STEP)
+                       : _mm512_setzero_si512();
+      transpose16(block);
+      for (int i = 0; i < 16 && w + i < words; i++)
+        _mm512_storeu_si512(panels + long(p) * dim + (w + i) * PANEL * E::STEP, block[i]);
+    }
+}
+
+// KEYS values [position, dim] to panels of 16 columns, [dim / 16][KEYS / STEP][16][STEP].
+template <class E>
+void pack_values(const typename E::T* values, int dim, int valid, typename E::T* panels) {
+  for (int d = 0; d < dim; d += PANEL)
+    for (int p = 0; p < KEYS; p += E::STEP) {
+      __m512i row = _mm512_setzero_si512();
+      for (int i = 0; i < E::STEP && p + i < valid; i++) {
+        const __m512i bits = _mm512_castps_si512(E::widen(values + long(p + i) * dim + d));
+        row = i + 1 == E::STEP ? _mm512_or_si512(row, bits) : _mm512_srli_epi32(bits, 16);
+      }
+      _mm512_storeu_si512(panels + long(d) * KEYS + p * PANEL, row);
+    }
+}
+
+// What a thread works in; the largest group and head of the model.
+template <class E>
+struct Scratch {
+  float *scores, *out, *most, *sum;
+  typename E::T *queries, *keys, *values, *weights;
+  long ld;
+
+  static long floats(int group, int dim, int max_length) {
+    const long queries = long(QUERY_ROWS) * group;
+    return group * long(max_length + PANEL) + 2 * queries * dim + 2 * queries +
+           2 * long(KEYS) * dim + TILE * KEYS;
+  }
+  Scratch(float* place, int group, int dim, int max_length) : ld(max_length + PANEL) {
+    const long queries_count = long(QUERY_ROWS) * group;
+    scores = place;
+    out = scores + group * ld;
+    most = out + queries_count * dim;
+    sum = most + queries_count;
+    queries = (typename E::T*)(sum + queries_count);
+    keys = queries + queries_count * dim;
+    values = keys + long(KEYS) * dim;
+    weights = values + long(KEYS) * dim;
+  }
+};
+
+// Softmax over what has been seen (Milakov and Gimelshein, arXiv:1805.02867): the scores of one
+// query become weights, and its earlier results are scaled to the new maximum.
+template <class E>
+void weigh_scores(float* scores, int seen, float scale, float* most, float* sum, float* out,
+                  int dim, typename E::T* weights) {
+  const V scales = _mm512_set1_ps(scale);
+  V high = _mm512_set1_ps(*most);
+  for (int p = 0; p < seen; p += PANEL) {
+    const V s = _mm512_mul_ps(_mm512_loadu_ps(scores + p), scales);
+    _mm512_storeu_ps(scores + p, s);
+    high = _mm512_mask_max_ps(high, first_lanes(seen - p), high, s);
+  }
+  const float now = _mm512_reduce_max_ps(high);
+  const V shift = _mm512_set1_ps(now);
+  V total = zero();
+  for (int p = 0; p < KEYS; p += PANEL) {
+    V e = zero();
+    if (p < seen)
+      e = _mm512_maskz_mov_ps(first_lanes(seen - p),
+                              exp(_mm512_sub_ps(_mm512_loadu_ps(scores + p), shift)));
+    E::narrow(weights + p, e);
+    total = _mm512_add_ps(total, e);
+  }
+  if (now > *most) {
+    const float before = *most == -INFINITY ? 0.0f : std::exp(*most - now);
+    *sum *= before;
+    const V factor = _mm512_set1_ps(before);
+    for (int d = 0; d < dim; d += PANEL)
+      _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_loadu_ps(out + d), factor));
+    *most = now;
+  }
+  *sum += _mm512_reduce_add_ps(total);
+}
+
+// Up to QUERY_ROWS rows of a prompt and one kv head, for all query heads of the group.
+// q and out are the first row's; `first` its position; keys and values the sequence's, from 0.
+template <class E>
+void attend_prompt(const typename E::T* q, long q_width, const typename E::T* keys,
+                   const typename E::T* values, int rows, int group, int dim, int first,
+                   float scale, const Scratch<E>& s, typename E::T* out, long out_width) {
+  const int count = rows * group, length = first + rows;
+  for (int m = 0; m < count; m++)
+    std::memcpy(s.queries + long(m) * dim, q + (m / group) * q_width + (m % group) * dim,
+                dim * sizeof(typename E::T));
+  std::fill(s.out, s.out + long(count) * dim, 0.0f);
+  std::fill(s.most, s.most + count, -INFINITY);
+  std::fill(s.sum, s.sum + count, 0.0f);
+  float scores[TILE * KEYS], c[TILE * PAIR];
+  for (int begin = 0; begin < length; begin += KEYS) {
+    const int valid = std::min(KEYS, length - begin);
+    pack_keys<E>(keys + long(begin) * dim, dim, valid, s.keys);
+    pack_values<E>(values + long(begin) * dim, dim, valid, s.values);
+    for (int m = 0; m < count; m += TILE) {
+      const int tall = std::min(TILE, count - m);
+      if (first + (m + tall - 1) / group < begin) continue;  // all of the block is in its future
+      for (int p = 0; p < valid; p += PAIR) {
+        const typename E::T* panel = s.keys + long(p) * dim;
+        tile_of<E>(tall, s.queries + long(m) * dim, dim, panel, panel + PANEL * dim,
+                   dim / E::STEP, nullptr, 0, c);
+        for (int i = 0; i < tall; i++)
+          std::memcpy(scores + i * KEYS + p, c + i * PAIR, PAIR * sizeof(float));
+      }
+      for (int i = 0; i < tall; i++) {
+        const int seen = std::min(valid, first + (m + i) / group - begin + 1);
+        if (seen > 0)
+          weigh_scores<E>(scores + i * KEYS, seen, scale, s.most + m + i, s.sum + m + i,
+                          s.out + long(m + i) * dim, dim, s.weights + i * KEYS);
+        else
+          std::fill(s.weights + i * KEYS, s.weights + (i + 1) * KEYS, typename E::T(0));
+      }
+      for (int d = 0; d < dim; d += PAIR) {
+        const bool whole = d + PANEL < dim;
+        const typename E::T* panel = s.values + long(d) * KEYS;
+        tile_of<E>(tall, s.weights, KEYS, panel, whole ? panel + PANEL * KEYS : panel,
+                   (valid + E::STEP - 1) / E::STEP, nullptr, 0, c);
+        for (int i = 0; i < tall; i++)
+          for (int half = 0; half < (whole ? 2 : 1); half++) {
+            float* o = s.out + long(m + i) * dim + d + half * PANEL;
+            _mm512_storeu_ps(o, _mm512_add_ps(_mm512_loadu_ps(o),
+                                              _mm512_loadu_ps(c + i * PAIR + half * PANEL)));
+          }
+      }
+    }
+  }
+  for (int m = 0; m < count; m++) {
+    const V norm = _mm512_set1_ps(1.0f / s.sum[m]);
+    typename E::T* row = out + (m / group) * out_width + (m % group) * dim;
+    for (int d = 0; d < dim; d += PANEL)
+      E::narrow(row + d, _mm512_mul_ps(_mm512_loadu_ps(s.out + long(m) * dim + d), norm));
+  }
+}
+
+// Run by every thread of a team. out [rows, heads * head_dim]. scratch: Scratch::floats a thread.
+template <class E>
+void attend(const Attention& a, const Rows& rows, typename E::T* qkv, typename E::T* keys,
+            typename E::T* values, typename E::T* out, float* scratch) {
+  using T = typename E::T;
+  const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  const int dim = a.head_dim, group = a.heads / a.kv_heads;
+  const long width = long(a.heads + 2 * a.kv_heads) * dim, out_width = long(a.heads) * dim;
+  const long head_size = long(a.max_length) * dim;
+  for (int r = thread; r < rows.num_rows; r += threads) {
+    T* row = qkv + r * width;
+    const int position = rows.position[r];
+    const float* cos = a.cos + long(position) * (dim / 2);
+    const float* sin = a.sin + long(position) * (dim / 2);
+    for (int h = 0; h < a.heads + a.kv_heads; h++) {
+      const void* norm = h < a.heads ? a.q_norm : a.k_norm;
+      if (norm) rms_norm_row<E>(row + h * dim, (const T*)norm, a.eps, dim, row + h * dim);
+      rotate<E>(row + h * dim, dim, cos, sin);
+    }
+    for (int h = 0; h < a.kv_heads; h++) {
+      const long at = (long(rows.kv_slot[r]) * a.kv_heads + h) * head_size + long(position) * dim;
+      std::memcpy(keys + at, row + (a.heads + h) * dim, dim * sizeof(T));
+      std::memcpy(values + at, row + (a.heads + a.kv_heads + h) * dim, dim * sizeof(T));
+    }
+  }
+  // A sequence attends to its own cache row only, but another thread may have written it.
+#pragma omp barrier
+  const Scratch<E> own(scratch + thread * Scratch<E>::floats(group, dim, a.max_length), group, dim,
+                       a.max_length);
+  const auto cached = [&](int row, int h) {
+    return (long(rows.kv_slot[row]) * a.kv_heads + h) * head_size;
+  };
+  for (int p = 0; p < rows.num_prompts; p++) {  // the longest tasks first
+    const Prompt& prompt = rows.prompts[p];
+    const int blocks = (prompt.end - prompt.start + QUERY_ROWS - 1) / QUERY_ROWS;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int task = 0; task < blocks * a.kv_heads; task++) {
+      const int h = task % a.kv_heads;
+      const int r = prompt.start + (blocks - 1 - task / a.kv_heads) * QUERY_ROWS;
+      const long at = cached(r, h);
+      attend_prompt<E>(qkv + r * width + h * group * dim, width, keys + at, values + at,
+                       std::min(QUERY_ROWS, prompt.end - r), group, dim, rows.position[r], a.scale,
+                       own, out + r * out_width + h * group * dim, out_width);
+    }
+  }
+#pragma omp for schedule(dynamic, 1) nowait
+  for (int task = 0; task < rows.num_decodes * a.kv_heads; task++) {
+    const int r = task / a.kv_heads, h = task % a.kv_heads;
+    const long at = cached(r, h);
+    attend_head<E>(qkv + r * width + h * group * dim, keys + at, values + at, group, dim,
+                   rows.position[r] + 1, a.scale, own.scores, own.ld,
+                   out + r * out_width + h * group * dim);
+  }
+}
+
+}  // namespace lorax

@@ -1,0 +1,351 @@
+// y = x @ W.T, LoRA added unmerged, as one pass over packed weights.
+//
+// W [out, in] lies in panels of 16 outputs: [out / 16][in / STEP][16][STEP], so that a register
+// holds one step of 16 outputs and the weights are read front to back, once per 256 rows of x.
+// Two panels are computed at a time. A panel is 16 columns of y, with one exception: of a gated
+// linear (gate and up one below the other), panel 2i is of gate and 2i + 1 of up, the same columns.
+//
+// LoRA: A [ranks, in] lies as it is; h = x @ A.T by dot products. B is in panels like W, scaled:
+// [columns / 16][ranks / STEP][16][STEP], a rank that does not fill its last step has zeros there.
+#pragma once
+#include <omp.h>
+
+#include <algorithm>
+
+#include "vec.h"
+
+namespace lorax {
+
+constexpr int PANEL = 16;
+constexpr int PAIR = 2 * PANEL;     // columns computed together
+constexpr int TILE = 8;             // rows of x a tile keeps in registers: 8 x 2 accumulators
+constexpr int BLOCK = 256;          // rows of x that one reading of the weights serves
+constexpr int AHEAD = 2048;         // bytes that LoRA's streams are fetched ahead
+
+struct Linear {
+  const void* panels;
+  const float* bias;   // [out], in the order of the panels, or null
+  const void* norm;    // [in]: x is RMS-normalised and multiplied by it first; or null
+  int32_t in, out;
+  float eps;
+};
+
+enum Store : int32_t { WRITE = 0, ADD = 1, GATED = 2, WRITE_FLOAT = 3 };
+
+struct LoraPart {       // one module's share of a fused site
+  const void* b;
+  int32_t first_rank, ranks;      // rows of A
+  int32_t h_column;               // where its ranks begin in h, at a full step
+  int32_t first_panel, panel_step, panels;
+};
+
+struct LoraSite {
+  const void* a;
+  LoraPart parts[3];
+  int32_t num_parts;
+};
+
+struct Segment {        // rows of x that share an adapter
+  const LoraSite* sites;
+  const int32_t* rows;
+  int32_t num_rows;
+};
+
+struct Lora {
+  const Segment* segments;
+  int32_t num_segments;
+  int32_t h_width;      // columns of h
+  void* h;              // [rows, h_width]
+};
+
+// M rows of x by two panels into c[M][PAIR]. On the way, `stride` bytes a step from `ahead` on are
+// fetched into the L2 cache: with few rows, the pass would otherwise wait for memory.
+template <class E, int M>
+inline void tile(const typename E::T* x, long ldx, const typename E::T* panel0,
+                 const typename E::T* panel1, int steps, const char* ahead, int stride, float* c) {
+  V acc[M][2];
+  for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = zero();
+  for (int k = 0; k < steps; k++) {
+    if (stride > 0) _mm_prefetch(ahead + long(k) * stride, _MM_HINT_T1);
+    if (stride > 64) _mm_prefetch(ahead + long(k) * stride + 64, _MM_HINT_T1);
+    const auto w0 = E::load(panel0 + k * PANEL * E::STEP);
+    const auto w1 = E::load(panel1 + k * PANEL * E::STEP);
+    for (int m = 0; m < M; m++) {
+      const auto a = E::broadcast(x + m * ldx + k * E::STEP);
+      acc[m][0] = E::multiply(acc[m][0], a, w0);
+      acc[m][1] = E::multiply(acc[m][1], a, w1);
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    _mm512_storeu_ps(c + m * PAIR, acc[m][0]);
+    _mm512_storeu_ps(c + m * PAIR + PANEL, acc[m][1]);
+  }
+}
+
+template <class E>
+inline void tile_of(int m, const typename E::T* x, long ldx, const typename E::T* panel0,
+                    const typename E::T* panel1, int steps, const char* ahead, int stride,
+                    float* c) {
+  switch (m) {
+    case 8: return tile<E, 8>(x, ldx, panel0, panel1, steps, ahead, stride, c);
+    case 7: return tile<E, 7>(x, ldx, panel0, panel1, steps, ahead, stride, c);
+    case 6: return tile<E, 6>(x, ldx, panel0, panel1, steps, ahead, stride, c);
+    case 5: return tile<E, 5>(x, ldx, panel0, panel1, steps, ahead, stride, c);
+    case 4: return tile<E, 4>(x, ldx, panel0, panel1, steps, ahead, stride, c);
+    case 3: return tile<E, 3>(x, ldx, panel0, panel1, steps, ahead, stride, c);
+    case 2: return tile<E, 2>(x, ldx, panel0, panel1, steps, ahead, stride, c);
+    case 1: return tile<E, 1>(x, ldx, panel0, panel1, steps, ahead, stride, c);
+  }
+}
+
+// One row of h by one panel of B, added to c[16].
+template <class E>
+inline void expand_row(const typename E::T* h, const typename E::T* panel, int steps, float* c) {
+  V even = _mm512_loadu_ps(c), odd = zero();
+  int k = 0;
+  // The next pair's panel of the same part.
+  const char* next = (const char*)(panel + 2 * steps * PANEL * E::STEP);
+  for (int line = 0; line < steps; line++) _mm_prefetch(next + 64 * line, _MM_HINT_T0);
+  for (; k + 1 < steps; k += 2) {
+    even = E::multiply(even, E::broadcast(h + k * E::STEP), E::load(panel + k * PANEL * E::STEP));
+    odd = E::multiply(odd, E::broadcast(h + (k + 1) * E::STEP),
+                      E::load(panel + (k + 1) * PANEL * E::STEP));
+  }
+  if (k < steps)
+    even = E::multiply(even, E::broadcast(h + k * E::STEP), E::load(panel + k * PANEL * E::STEP));
+  _mm512_storeu_ps(c, _mm512_add_ps(even, odd));
+}
+
+// Four rows of h by one panel of B, each added to its c[16].
+template <class E>
+inline void expand_four(const typename E::T* const h[4], const typename E::T* panel, int steps,
+                        float* const c[4]) {
+  V acc[4];
+  for (int i = 0; i < 4; i++) acc[i] = _mm512_loadu_ps(c[i]);
+  for (int k = 0; k < steps; k++) {
+    const auto b = E::load(panel + k * PANEL * E::STEP);
+    for (int i = 0; i < 4; i++)
+      acc[i] = E::multiply(acc[i], E::broadcast(h[i] + k * E::STEP), b);
+  }
+  for (int i = 0; i < 4; i++) _mm512_storeu_ps(c[i], acc[i]);
+}
+
+// Adds the LoRA of rows [first, last) in one panel to c[row - first][stride].
+template <class E>
+void expand(const Lora& lora, int site, int panel, int first, int last, float* c) {
+  using T = typename E::T;
+  const T* h = (const T*)lora.h;
+  for (int s = 0; s < lora.num_segments; s++) {
+    const Segment& segment = lora.segments[s];
+    const LoraSite& adapter = segment.sites[site];
+    for (int p = 0; p < adapter.num_parts; p++) {
+      const LoraPart& part = adapter.parts[p];
+      const int offset = panel - part.first_panel;
+      if (offset < 0 || offset % part.panel_step) continue;
+      const int index = offset / part.panel_step;
+      if (index >= part.panels) continue;
+      const int steps = (part.ranks + E::STEP - 1) / E::STEP;
+      const T* b = (const T*)part.b + long(index) * steps * PANEL * E::STEP;
+      const int32_t* begin = std::lower_bound(segment.rows, segment.rows + segment.num_rows, first);
+      const int32_t* end = std::lower_bound(begin, segment.rows + segment.num_rows, last);
+      for (; begin + 4 <= end; begin += 4) {
+        const T* hs[4];
+        float* cs[4];
+        for (int i = 0; i < 4; i++) {
+          hs[i] = h + long(begin[i]) * lora.h_width + part.h_column;
+          cs[i] = c + long(begin[i] - first) * PAIR;
+        }
+        expand_four<E>(hs, b, steps, cs);
+      }
+      for (; begin < end; begin++)
+        expand_row<E>(h + long(*begin) * lora.h_width + part.h_column, b, steps,
+                      c + long(*begin - first) * PAIR);
+    }
+  }
+}
+
+// Dot products of R rows of x with `ranks` <= 8 rows of A, which lie one behind the other. Few rows
+// of x wait for memory, so A is then read strictly front to back, and fetched ahead.
+template <class E, int R>
+inline void dots_streaming(const typename E::T* const* x, const typename E::T* a, int in, int ranks,
+                           float out[][8]) {
+  V acc[R][8];
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 8; i++) acc[r][i] = zero();
+  for (int i = 0; i < ranks; i++, a += in)
+    for (int k = 0; k < in; k += E::DOT) {
+      _mm_prefetch((const char*)(a + k) + AHEAD, _MM_HINT_T0);
+      const auto w = E::load(a + k);
+      for (int r = 0; r < R; r++) acc[r][i] = E::multiply(acc[r][i], E::load(x[r] + k), w);
+    }
+  for (int r = 0; r < R; r++) _mm256_storeu_ps(out[r], sum_lanes(acc[r]));
+}
+
+// The same with every element of A and x loaded once for 8 x R products.
+template <class E, int R>
+inline void dots_blocked(const typename E::T* const* x, const typename E::T* a, int in,
+                         float out[][8]) {
+  V acc[R][8];
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 8; i++) acc[r][i] = zero();
+  for (int k = 0; k < in; k += E::DOT) {
+    typename E::Reg xs[R];
+    for (int r = 0; r < R; r++) xs[r] = E::load(x[r] + k);
+    for (int i = 0; i < 8; i++) {
+      const auto w = E::load(a + long(i) * in + k);
+      for (int r = 0; r < R; r++) acc[r][i] = E::multiply(acc[r][i], xs[r], w);
+    }
+  }
+  for (int r = 0; r < R; r++) _mm256_storeu_ps(out[r], sum_lanes(acc[r]));
+}
+
+// h of rows [first_row, last_row) of a segment and of up to 8 ranks of one part.
+template <class E>
+void shrink_block(const typename E::T* x, int in, const Segment& segment, int first_row,
+                  int last_row, const typename E::T* a, int ranks, typename E::T* h,
+                  int h_width) {
+  const bool streaming = last_row - first_row <= 2 || ranks < 8;
+  for (int r = first_row; r < last_row; r += 2) {
+    const int rows = std::min(2, last_row - r);
+    const typename E::T* xs[2] = {x + long(segment.rows[r]) * in,
+                                  x + long(segment.rows[r + rows - 1]) * in};
+    float out[2][8];
+    if (rows == 2)
+      streaming ? dots_streaming<E, 2>(xs, a, in, ranks, out) : dots_blocked<E, 2>(xs, a, in, out);
+    else
+      streaming ? dots_streaming<E, 1>(xs, a, in, ranks, out) : dots_blocked<E, 1>(xs, a, in, out);
+    for (int i = 0; i < rows; i++)
+      for (int j = 0; j < ranks; j++)
+        h[long(segment.rows[r + i]) * h_width + j] = E::from_float(out[i][j]);
+  }
+}
+
+// Calls work(segment, part, first rank, first row) for every piece of 8 ranks by 32 rows.
+template <class F>
+void for_pieces(const Lora& lora, int site, F work) {
+  for (int s = 0; s < lora.num_segments; s++) {
+    const LoraSite& adapter = lora.segments[s].sites[site];
+    for (int p = 0; p < adapter.num_parts; p++)
+      for (int row = 0; row < lora.segments[s].num_rows; row += 32)
+        for (int rank = 0; rank < adapter.parts[p].ranks; rank += 8)
+          work(lora.segments[s], adapter.parts[p], rank, row);
+  }
+}
+
+// h = x @ A.T of every segment; each thread takes pieces that follow each other.
+template <class E>
+void shrink(const typename E::T* x, int in, const Lora& lora, int site, int thread, int threads) {
+  using T = typename E::T;
+  long pieces = 0, piece = 0;
+  for_pieces(lora, site, [&](const Segment&, const LoraPart&, int, int) { pieces++; });
+  const long first = pieces * thread / threads, last = pieces * (thread + 1) / threads;
+  for_pieces(lora, site, [&](const Segment& segment, const LoraPart& part, int rank, int row) {
+    const long here = piece++;
+    if (here < first || here >= last) return;
+    const T* a = (const T*)segment.sites[site].a + long(part.first_rank + rank) * in;
+    const int end = std::min(row + 32, segment.num_rows), ranks = std::min(8, part.ranks - rank);
+    T* h = (T*)lora.h + part.h_column + rank;
+    shrink_block<E>(x, in, segment, row, end, a, ranks, h, lora.h_width);
+    if (ranks % E::STEP)  // the last step is filled with zero
+      for (int r = row; r < end; r++)
+        h[long(segment.rows[r]) * lora.h_width + ranks] = E::from_float(0);
+  });
+}
+
+template <class E>
+void rms_norm_row(const typename E::T* x, const typename E::T* weight, float eps, int n,
+                  typename E::T* y) {
+  V squares = zero();
+  for (int i = 0; i < n; i += PANEL) {
+    const V v = E::widen(x + i);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const V scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / n + eps));
+  for (int i = 0; i < n; i += PANEL)
+    E::narrow(y + i, _mm512_mul_ps(_mm512_mul_ps(E::widen(x + i), scale), E::widen(weight + i)));
+}
+
+// Writes rows [first, last) of two panels from c to y.
+template <class E>
+void store(const Linear& w, Store mode, int panel, bool whole, const float* c, int first, int last,
+           void* y) {
+  using T = typename E::T;
+  const int width = mode == GATED ? w.out / 2 : w.out;
+  for (int half = 0; half < (whole ? 2 : 1); half++) {
+    const int column = (panel + half) * PANEL;
+    const V bias = w.bias ? _mm512_loadu_ps(w.bias + column) : zero();
+    if (mode == GATED) {
+      const V up_bias = w.bias ? _mm512_loadu_ps(w.bias + column + PANEL) : zero();
+      for (int r = first; r < last; r++) {
+        const float* row = c + long(r - first) * PAIR;
+        const V gate = _mm512_add_ps(_mm512_loadu_ps(row), bias);
+        const V up = _mm512_add_ps(_mm512_loadu_ps(row + PANEL), up_bias);
+        const V one = _mm512_set1_ps(1.0f);
+        const V sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, exp(_mm512_sub_ps(zero(), gate))));
+        E::narrow((T*)y + long(r) * width + column / 2,
+                  _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid), up));
+      }
+      return;
+    }
+    for (int r = first; r < last; r++) {
+      V v = _mm512_add_ps(_mm512_loadu_ps(c + long(r - first) * PAIR + half * PANEL), bias);
+      const long at = long(r) * width + column;
+      if (mode == WRITE_FLOAT) {
+        _mm512_storeu_ps((float*)y + at, v);
+      } else {
+        if (mode == ADD) v = _mm512_add_ps(v, E::widen((T*)y + at));
+        E::narrow((T*)y + at, v);
+      }
+    }
+  }
+}
+
+// The whole linear, run by every thread of a team. `normed` [rows, in] is used if there is a norm.
+template <class E>
+void linear(const Linear& w, Store mode, const typename E::T* x, int rows, void* y,
+            const Lora* lora, int site, typename E::T* normed) {
+  using T = typename E::T;
+  const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  if (w.norm) {
+    for (int r = thread; r < rows; r += threads)
+      rms_norm_row<E>(x + long(r) * w.in, (const T*)w.norm, w.eps, w.in, normed + long(r) * w.in);
+    x = normed;
+#pragma omp barrier
+  }
+  if (lora) {
+    shrink<E>(x, w.in, *lora, site, thread, threads);
+#pragma omp barrier
+  }
+  const int steps = w.in / E::STEP;
+  const long panel_size = long(w.in) * PANEL;
+  const int panels = w.out / PANEL, pairs = (panels + 1) / 2;
+  const int first_pair = long(pairs) * thread / threads;
+  const int last_pair = long(pairs) * (thread + 1) / threads;
+  alignas(64) float c[BLOCK * PAIR];
+  for (int first = 0; first < rows; first += BLOCK) {
+    const int last = std::min(first + BLOCK, rows);
+    const int tiles = (last - first + TILE - 1) / TILE;
+    // The next pair of panels is fetched while this one is computed, its lines dealt out to tiles.
+    const int stride = 2 * 64 / tiles;
+    for (int pair = first_pair; pair < last_pair; pair++) {
+      const int panel = 2 * pair;
+      const bool whole = panel + 1 < panels;
+      const T* panel0 = (const T*)w.panels + panel * panel_size;
+      const T* panel1 = whole ? panel0 + panel_size : panel0;
+      const char* next = (const char*)(panel1 + panel_size);
+      for (int t = 0; t < tiles; t++) {  // tiles of nearly equal height
+        const int begin = first + (last - first) * t / tiles;
+        const int end = first + (last - first) * (t + 1) / tiles;
+        tile_of<E>(end - begin, x + long(begin) * w.in, w.in, panel0, panel1, steps,
+                   next + long(t) * steps * stride, stride, c + long(begin - first) * PAIR);
+      }
+      if (lora) {
+        expand<E>(*lora, site, panel, first, last, c);
+        if (whole) expand<E>(*lora, site, panel + 1, first, last, c + PANEL);
+      }
+      store<E>(w, mode, panel, whole, c, first, last, y);
+    }
+  }
+}
+
+}  // namespace lorax
