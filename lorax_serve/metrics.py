@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -17,9 +18,11 @@ from prometheus_client import (
     ProcessCollector,
     start_http_server,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from lorax_serve import __version__
-from lorax_serve.core import EngineStats, StopReason, TokenOutput
+from lorax_serve.core import AdapterStats, EngineStats, StopReason, TokenOutput
 from lorax_serve.engine.messages import StepReport
 from lorax_serve.errors import InvalidRequest
 from lorax_serve.frontend.generator import RequestListener, TextStream
@@ -128,12 +131,13 @@ class Metrics(RequestListener, RegistryListener):
         gauge("lorax_requests_running", "Requests in the batch", "running")
         gauge("lorax_kv_tokens_used", "Tokens whose keys and values are cached", "kv_tokens")
         gauge("lorax_kv_tokens_capacity", "Tokens that the KV cache can hold", "kv_capacity")
-        gauge("lorax_adapter_bytes", "Host memory taken by adapters", "adapter_bytes")
-        resident = Gauge(
-            "lorax_adapters_resident", "Adapters in memory, by tier", ["tier"], registry=registry
+        gauge(
+            "lorax_kv_tokens_cached",
+            "Tokens of ended requests that are kept for prompts that begin alike",
+            "kv_cached_tokens",
         )
-        resident.labels("host").set_function(lambda: self.stats.adapters_host)
-        resident.labels("device").set_function(lambda: self.stats.adapters_device)
+        registry.register(_SchedulerCollector(lambda: self.stats))
+        registry.register(_AdapterCollector(lambda: self.stats.adapters))
 
     def step(self, report: StepReport) -> None:
         """The engine has done a step (``AsyncEngine.on_step``)."""
@@ -195,6 +199,68 @@ class Metrics(RequestListener, RegistryListener):
                 return OTHER_LABEL
             self._labels.add(adapter.name)
         return adapter.name
+
+
+class _SchedulerCollector(Collector):
+    """What the engine counts from its start; made when Prometheus asks."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """All series."""
+        now = self._stats()
+        queries = "Prompt tokens looked up in the prefix cache"
+        yield CounterMetricFamily("lorax_prefix_cache_queries", queries, now.prefix_cache_queries)
+        hits = "Prompt tokens found in the prefix cache"
+        yield CounterMetricFamily("lorax_prefix_cache_hits", hits, now.prefix_cache_hits)
+        preemptions = "Requests that gave their memory to others and were computed again"
+        yield CounterMetricFamily("lorax_preemptions", preemptions, now.preemptions)
+
+
+class _AdapterCollector(Collector):
+    """The adapters' tiers, made when Prometheus asks: a step costs nothing."""
+
+    def __init__(self, stats: Callable[[], AdapterStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """All series."""
+        now = self._stats()
+        known = "Loaded adapters, wherever their weights are"
+        yield GaugeMetricFamily("lorax_adapters_loaded", known, now.known)
+        resident = GaugeMetricFamily(
+            "lorax_adapters_resident", "Adapters in memory, by tier", labels=["tier"]
+        )
+        taken = GaugeMetricFamily(
+            "lorax_adapter_bytes",
+            "Memory taken by adapters, by tier; a CPU's slots take none beside the host's",
+            labels=["tier"],
+        )
+        limits = GaugeMetricFamily(
+            "lorax_adapter_bytes_limit", "Memory budgets for adapters, by tier", labels=["tier"]
+        )
+        evictions = CounterMetricFamily(
+            "lorax_adapter_evictions",
+            "Adapters that made room for others, by tier left",
+            labels=["tier"],
+        )
+        for tier, count, nbytes, limit, evicted in (
+            ("host", now.host, now.host_bytes, now.host_limit, now.host_evictions),
+            ("device", now.device, now.device_bytes, now.device_limit, now.device_evictions),
+        ):
+            resident.add_metric([tier], count)
+            taken.add_metric([tier], nbytes)
+            evictions.add_metric([tier], evicted)
+            if limit is not None:
+                limits.add_metric([tier], limit)
+        yield from (resident, taken, limits, evictions)
+        reads = "Adapters that were read from disk again for a request"
+        yield CounterMetricFamily("lorax_adapter_reads", reads, now.reads)
+        seconds = "Time spent on reading adapters again"
+        yield CounterMetricFamily("lorax_adapter_read_seconds", seconds, now.read_seconds)
+        late = "Reads that had not ended when a request would have had its turn"
+        yield CounterMetricFamily("lorax_adapter_late_reads", late, now.late_reads)
 
 
 class MetricsServer:

@@ -142,6 +142,7 @@ _SAMPLING: dict[str, tuple[type, str]] = {
     "top_p": (float, "keep the most probable tokens up to this mass"),
     "seed": (int, "repeat a draw"),
     "repetition_penalty": (float, "above 1 discourages repetition"),
+    "priority": (int, "share of a busy server: -2 to 2, each level doubles it (default: 0)"),
     "stop": (str, "text that ends the generation; may be given several times"),
 }
 

@@ -18,7 +18,8 @@ from lorax_serve.errors import InvalidRequest
 __all__ = ["add_flags", "from_environment", "read_value"]
 
 OFF = "off"
-"""What a flag says for None."""
+"""What a flag says for None, and for False."""
+ON = "on"
 ENVIRONMENT_PREFIX = "LORAX_"
 
 
@@ -29,7 +30,9 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
     """
     docs = _field_docs(settings)
     for spec in _plain_fields(settings):
-        default = "off" if spec.default is None else spec.default
+        default = spec.default
+        if default is None or isinstance(default, bool):
+            default = ON if default else OFF
         variable = ENVIRONMENT_PREFIX + spec.name.upper()
         parser.add_argument(
             f"--{spec.name.replace('_', '-')}",
@@ -64,6 +67,10 @@ def _parse(name: str, text: str, hint: Any) -> Any:
     if type(None) in kinds and text == OFF:
         return None
     kind = next(each for each in kinds if each is not type(None))
+    if kind is bool:
+        if text not in (ON, OFF):
+            raise InvalidRequest(f"{name} must be {ON} or {OFF}, found {text!r}")
+        return text == ON
     try:
         return Path(text).expanduser() if kind is Path else kind(text)
     except ValueError as error:

@@ -20,6 +20,8 @@ from lorax_serve.errors import InvalidRequest, LoraxError
 __all__ = ["main", "parse"]
 
 _LEVELS = ("debug", "info", "warning", "error")
+# Adapters that are described at the start; there may be thousands.
+_SHOWN = 16
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,8 +110,10 @@ def _report(server: object, config: ServerConfig) -> None:
         f"adapter   {adapter.name}: rank {adapter.info.max_rank} on "
         f"{adapter.info.num_modules} modules, {adapter.info.nbytes / 1e6:.1f} MB, "
         f"digest {adapter.info.digest[:12]}"
-        for adapter in server.adapters
+        for adapter in server.adapters[:_SHOWN]
     ]
+    if len(server.adapters) > _SHOWN:
+        lines.append(f"          and {len(server.adapters) - _SHOWN} more adapters")
     lines += [f"refused   {name}: {error}" for name, error in server.refused.items()]
     lines.append(f"gRPC      {config.host}:{server.port}")
     if server.metrics_port is not None:

@@ -34,6 +34,7 @@ class GenerateOptions(TypedDict, total=False):
         ignore_eos: go on past the end of the text; default False.
         logprobs: return tokens with their log-probability and that many alternatives, 0 to 20.
         return_tokens: return tokens; default False.
+        priority: in [-2, 2]; each level doubles the share of a busy server; default 0.
     """
 
     max_new_tokens: int | None
@@ -48,9 +49,10 @@ class GenerateOptions(TypedDict, total=False):
     ignore_eos: bool | None
     logprobs: int | None
     return_tokens: bool | None
+    priority: int | None
 
 
-# Which field of ``Parameters`` each option sets.
+# Which field each option sets: in a group of ``Parameters``, or in the request itself.
 _FIELDS = {
     "max_new_tokens": ("stopping", "max_new_tokens"),
     "min_new_tokens": ("stopping", "min_new_tokens"),
@@ -63,6 +65,7 @@ _FIELDS = {
     "ignore_eos": ("stopping", "ignore_eos"),
     "logprobs": ("response", "logprobs"),
     "return_tokens": ("response", "generated_tokens"),
+    "priority": ("", "priority"),
 }
 
 
@@ -74,7 +77,8 @@ def generate_fields(
     Raises:
         InvalidRequest: an option is unknown, or its value cannot be sent.
     """
-    parameters = pb.Parameters()
+    request = pb.GenerateRequest()
+    parameters = request.parameters
     stop = options.get("stop") or ()
     for name, value in options.items():
         if name == "stop" or value is None:
@@ -83,11 +87,12 @@ def generate_fields(
             raise InvalidRequest(f"{name} is no option; there are {', '.join(_FIELDS)}, stop")
         group, field = _FIELDS[name]
         try:
-            setattr(getattr(parameters, group), field, value)
+            setattr(getattr(parameters, group) if group else request, field, value)
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"{name} cannot be {value!r}: {error}") from None
     parameters.stopping.stop_sequences.extend([stop] if isinstance(stop, str) else stop)
-    return {**prompt(text_or_ids_or_chat), "adapter_id": adapter, "parameters": parameters}
+    own = {"priority": request.priority} if request.HasField("priority") else {}
+    return {**prompt(text_or_ids_or_chat), "adapter_id": adapter, "parameters": parameters, **own}
 
 
 def prompt(text_or_ids_or_chat: Prompt) -> dict[str, Any]:

@@ -1,127 +1,213 @@
-"""Loaded adapters in host memory, and the thread that reads them while the steps go on."""
+"""The adapters of an engine: on disk, in host memory, in device slots, and the ways between."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Collection, Iterable
 
-import torch
+from lorax_serve.core import AdapterInfo, AdapterStats
+from lorax_serve.engine.adapter_loader import Load, LoadFinished
+from lorax_serve.engine.adapter_slots import AdapterSlots
+from lorax_serve.engine.host_cache import HostCache
+from lorax_serve.errors import EngineFailed, LoraxError, Overloaded
+from lorax_serve.model.runner import HostAdapter
 
-from lorax_serve import adapter as leaf
-from lorax_serve.adapter import LinearShape, LoRAWeights
-from lorax_serve.core import AdapterInfo
-from lorax_serve.engine.messages import LoadAdapter
-from lorax_serve.errors import AdapterRejected, LoraxError, Overloaded, RejectReason
-from lorax_serve.model.multi_lora import AdapterSites
+__all__ = ["AdapterStore"]
 
-__all__ = ["AdapterLoader", "AdapterStore", "LoadFinished"]
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadFinished:
-    """What the loading thread hands to the engine's thread: an adapter, or why there is none."""
+class AdapterStore:
+    """Adapters by version, in three tiers.
 
-    command: LoadAdapter
-    info: AdapterInfo | None = None
-    sites: AdapterSites | None = None
-    error: LoraxError | None = None
-
-
-class AdapterLoader:
-    """Reads, checks and folds adapters on a thread of its own, one after the other.
+    Every loaded adapter stays known with its directory and digest. Its folded weights are in host
+    memory while the budget lets them; else they are read again when a request wants them. On a CPU
+    the slots hold the host's own tensors: what leaves host memory leaves its slot too, and what is
+    pinned stays. On another device the slots have copies, and the two tiers know nothing of each
+    other.
 
     Args:
-        modules: every linear module of the base model by path.
-        fold: brings weights into the batch ops' form.
-        finished: called on the loading thread with each result.
+        read: starts reading one in the background; the result comes back through ``arrived``.
+        host: decides what is in host memory.
+        slots: decides what is on the device.
+        clear_slot: frees the device memory of a slot.
+        shared: the device's memory is the host's.
     """
 
     def __init__(
         self,
-        modules: dict[str, LinearShape],
-        fold: Callable[[LoRAWeights], AdapterSites],
-        finished: Callable[[LoadFinished], None],
+        read: Callable[[Load], None],
+        host: HostCache,
+        slots: AdapterSlots,
+        clear_slot: Callable[[int], None],
+        *,
+        shared: bool,
     ) -> None:
-        self._modules = modules
-        self._fold = fold
-        self._finished = finished
-        self._commands: queue.SimpleQueue[LoadAdapter] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="adapter-loader", daemon=True).start()
-
-    def request(self, command: LoadAdapter) -> None:
-        """Queue a load; returns at once."""
-        self._commands.put(command)
-
-    def _run(self) -> None:
-        # One core is enough for checks on small tensors; the steps need the others. The setting is
-        # this thread's own, since the engine's thread has run (warm_up) and keeps its number.
-        torch.set_num_threads(1)
-        while True:
-            command = self._commands.get()
-            self._finished(self._load(command))
-
-    def _load(self, command: LoadAdapter) -> LoadFinished:
-        try:
-            files = leaf.read(command.path)
-            weights = leaf.match_weights(files.config, files.tensors, self._modules)
-            sites = self._fold(weights)
-        except LoraxError as error:
-            return LoadFinished(command, error=error)
-        except Exception as error:  # a defect of ours, but it must not end the thread
-            reason = AdapterRejected(
-                RejectReason.BAD_FILE, f"{command.path}: {type(error).__name__}: {error}"
-            )
-            return LoadFinished(command, error=reason)
-        info = AdapterInfo(
-            digest=files.digest,
-            max_rank=weights.max_rank,
-            num_modules=len(weights.pairs),
-            nbytes=sum(site.nbytes for site in sites if site is not None),
-        )
-        return LoadFinished(command, info, sites)
-
-
-class AdapterStore:
-    """Host memory: adapters by version, within a budget of bytes."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._adapters: dict[int, tuple[AdapterInfo, AdapterSites]] = {}
-        self.nbytes = 0
-
-    def __len__(self) -> int:
-        return len(self._adapters)
-
-    def add(self, version: int, info: AdapterInfo, sites: AdapterSites) -> None:
-        """Keep an adapter.
-
-        Raises:
-            Overloaded: it does not fit into the budget.
-        """
-        if self.nbytes + info.nbytes > self._max_bytes:
-            raise Overloaded(
-                f"the adapter takes {info.nbytes} bytes, but {self.nbytes} of the "
-                f"{self._max_bytes} bytes for adapters are taken (--max-adapter-bytes); unload one"
-            )
-        self._adapters[version] = info, sites
-        self.nbytes += info.nbytes
-
-    def get(self, version: int) -> AdapterSites:
-        """The adapter's weights."""
-        return self._adapters[version][1]
+        self._read = read
+        self._host = host
+        self._slots = slots
+        self._clear_slot = clear_slot
+        self._shared = shared
+        self._known: dict[int, tuple[AdapterInfo, str]] = {}
+        self._weights: dict[int, HostAdapter] = {}
+        self._late: set[int] = set()
+        self._settled = True
+        self._reads = self._late_reads = 0
+        self._read_seconds = 0.0
 
     def __contains__(self, version: int) -> bool:
-        return version in self._adapters
+        return version in self._known
 
-    def drop(self, version: int) -> int:
-        """Free an adapter; returns its bytes."""
-        info, _ = self._adapters.pop(version)
-        self.nbytes -= info.nbytes
-        return info.nbytes
+    @property
+    def stats(self) -> AdapterStats:
+        """Gauges and counts."""
+        host, slots = self._host, self._slots
+        return AdapterStats(
+            known=len(self._known),
+            host=len(host),
+            device=len(slots),
+            host_bytes=host.nbytes,
+            host_limit=host.max_bytes,
+            device_bytes=0 if self._shared else slots.nbytes,
+            device_limit=slots.max_bytes,
+            host_evictions=host.evictions,
+            device_evictions=slots.evictions,
+            reads=self._reads,
+            read_seconds=self._read_seconds,
+            late_reads=self._late_reads,
+        )
+
+    @property
+    def reading(self) -> int:
+        """Number of adapters that are being read again."""
+        return self._host.reading
+
+    def info(self, version: int) -> AdapterInfo:
+        """What is known of the adapter, wherever it is."""
+        return self._known[version][0]
+
+    def get(self, version: int) -> HostAdapter:
+        """The weights of an adapter in host memory."""
+        return self._weights[version]
+
+    def add(self, loaded: LoadFinished) -> AdapterInfo:
+        """Take an adapter that was loaded for the first time.
+
+        Raises:
+            Overloaded: it alone does not fit into a budget.
+        """
+        version, info, weights = loaded.load.version, loaded.info, loaded.weights
+        assert info is not None
+        assert weights is not None
+        _check_size(info.nbytes, self._host.max_bytes, "host memory", "max-adapter-bytes")
+        if (on_device := self._slots.max_bytes) is not None:
+            _check_size(info.nbytes, on_device, "device memory", "max-device-adapter-bytes")
+        self._known[version] = info, loaded.load.path
+        self._evict(self._host.add(version, info.nbytes, self._pinned()))
+        if version in self._host:
+            self._weights[version] = weights
+        return info
+
+    def want(self, version: int) -> None:
+        """A request for this adapter waits."""
+        if self._host.use(version) is None:
+            self._settled = False
+
+    def read_ahead(self, waiting: Callable[[], Iterable[int]]) -> None:
+        """Start reading what waiting requests need, the next to be served first.
+
+        To be called after each scheduling.
+
+        Args:
+            waiting: the versions that waiting requests name, the oldest request's first. Asked
+                for only if one of them may not be in memory.
+        """
+        refused = self._slots.take_refused()
+        missing = [version for version in refused if version not in self._host]
+        if self._settled and not missing:
+            return
+        self._late.update(missing)
+        wanted = dict.fromkeys(refused)
+        wanted.update(dict.fromkeys(waiting()))
+        if not self._shared:
+            wanted = {v: None for v in wanted if v not in self._slots}
+        plan = self._host.plan(wanted, self._pinned())
+        self._slots.short |= plan.short
+        self._evict(plan.evict)
+        for version in plan.read:
+            info, path = self._known[version]
+            self._read(Load(version, path, digest=info.digest))
+        self._settled = plan.settled and not plan.short
+
+    def arrived(self, loaded: LoadFinished) -> LoraxError | None:
+        """Take an adapter that was read again; an error if its waiting requests must fail."""
+        version = loaded.load.version
+        late = version in self._late
+        self._late.discard(version)
+        if loaded.weights is None:
+            if not self._host.lost(version):
+                return None
+            log.warning("adapter version %d cannot be read again: %s", version, loaded.error)
+            return EngineFailed(
+                f"the adapter cannot be read again from disk: {loaded.error}; restore its files, "
+                "or load the adapter again to serve the new ones"
+            )
+        if self._host.arrived(version):  # else it was dropped in the meantime
+            self._weights[version] = loaded.weights
+            self._reads += 1
+            self._read_seconds += loaded.seconds
+            self._late_reads += late
+        return None
+
+    def free_emptied_slots(self) -> None:
+        """Free the device memory of evicted adapters, before others are brought in."""
+        for slot in self._slots.take_emptied():
+            self._clear_slot(slot)
+
+    def drop(self, version: int, slot: int | None) -> int:
+        """Forget an adapter that no request uses; returns the bytes of memory that this frees.
+
+        Args:
+            version: the adapter.
+            slot: the device slot that it has just left, if any.
+        """
+        freed = self._host.drop(version)
+        info, _ = self._known.pop(version)
+        self._weights.pop(version, None)
+        self._late.discard(version)
+        if slot is None:
+            return freed
+        self._clear_slot(slot)
+        return freed if self._shared else freed + info.nbytes
 
     def problems(self) -> list[str]:
-        """What is wrong in the accounting."""
-        total = sum(info.nbytes for info, _ in self._adapters.values())
-        return [] if total == self.nbytes else [f"adapter bytes are {self.nbytes}, not {total}"]
+        """What is wrong between the tiers; empty when all is well."""
+        found = self._host.problems()
+        resident = {version for version in self._known if version in self._host}
+        if self._weights.keys() != resident:
+            found.append(f"weights are kept of {sorted(self._weights)}, not of {sorted(resident)}")
+        if self._host.known != len(self._known):
+            found.append(f"{self._host.known} adapters are accounted for, {len(self._known)} known")
+        strays = [v for v in self._slots if v not in (resident if self._shared else self._known)]
+        if strays:
+            found.append(f"adapter versions {strays} are in slots, but not in memory")
+        return found
+
+    def _pinned(self) -> Collection[int]:
+        """What must not leave host memory: running requests compute with it, if it is shared."""
+        return self._slots.pinned if self._shared else ()
+
+    def _evict(self, versions: Iterable[int]) -> None:
+        for version in versions:
+            del self._weights[version]
+            if self._shared and (slot := self._slots.drop(version)) is not None:
+                self._clear_slot(slot)
+            self._settled = False  # a request may wait for it
+
+
+def _check_size(nbytes: int, max_bytes: int, what: str, flag: str) -> None:
+    if nbytes > max_bytes:
+        raise Overloaded(
+            f"the adapter takes {nbytes} bytes, more than all of the {max_bytes} bytes of {what} "
+            f"for adapters (--{flag}); raise that limit or train it with a smaller rank"
+        )

@@ -7,7 +7,11 @@ import time
 
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import Batch, EngineStats, Sequence, StopReason, TokenOutput
-from lorax_serve.engine.adapter_store import AdapterLoader, AdapterStore, LoadFinished
+from lorax_serve.engine.adapter_loader import AdapterLoader, Load, LoadFinished
+from lorax_serve.engine.adapter_slots import AdapterSlots
+from lorax_serve.engine.adapter_store import AdapterStore
+from lorax_serve.engine.host_cache import HostCache
+from lorax_serve.engine.kv_rows import BLOCK, KVRows, blocks_of
 from lorax_serve.engine.messages import (
     Abort,
     CheckIntegrity,
@@ -39,31 +43,46 @@ class Engine:
     def __init__(self, config: EngineConfig, runner: ModelRunner, loader: AdapterLoader) -> None:
         self._runner = runner
         self._loader = loader
-        self._store = AdapterStore(config.max_adapter_bytes)
+        host = HostCache(config.max_adapter_bytes)
+        slots = AdapterSlots(config.adapter_slots, config.max_device_adapter_bytes, host.use)
+        shared = runner.info.device == "cpu"
+        self._store = AdapterStore(loader.request, host, slots, runner.clear_adapter, shared=shared)
+        blocks = blocks_of(runner.kv_tokens)
+        self._rows = KVRows(runner.kv_rows, blocks, prefix_caching=config.prefix_caching)
         self._scheduler = Scheduler(
-            config.max_batch_size, config.max_batch_tokens, config.adapter_slots
+            config.max_batch_size,
+            config.max_batch_tokens,
+            slots,
+            self._rows,
+            prompt_tokens_with_decodes=config.max_prefill_tokens_with_decodes,
+            adapter_quantum=config.adapter_quantum,
         )
-        self._kv_capacity = config.max_batch_size * runner.max_length
+        self._kv_capacity = blocks * BLOCK
+        self._stalled = False
         self._report = StepReport()
         self._last_batch = Batch()
         self._step_seconds = 0.0
 
     @property
     def busy(self) -> bool:
-        """Whether there is a step to do."""
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        """Whether there is a step to do, before another message has come."""
+        scheduler = self._scheduler
+        return bool(scheduler.running or scheduler.waiting) and not self._stalled
 
     def handle(
         self, message: Submit | Abort | LoadAdapter | DropAdapter | CheckIntegrity | LoadFinished
     ) -> None:
         """Take one command or one finished load; answers go into the next report."""
+        self._stalled = False
         match message:
             case Submit():
                 self._submit(message)
+                if message.adapter is not None:
+                    self._store.want(message.adapter)
             case Abort(request_id):
                 self._abort(request_id)
-            case LoadAdapter():
-                self._loader.request(message)
+            case LoadAdapter(call_id, version, path):
+                self._loader.request(Load(version, path, call_id))
             case LoadFinished():
                 self._keep(message)
             case DropAdapter(call_id, version):
@@ -79,13 +98,14 @@ class Engine:
         for sequence, _ in batch.prefills:
             if sequence.queue_seconds is None:
                 sequence.queue_seconds = started - sequence.arrived
-        if not batch:
+        if not (batch or batch.copies):
             return
         try:
             results = self._runner.run(batch)
         except Exception as error:  # out of memory, say: these requests fail, the engine goes on
             log.exception("a step failed")
             self._fail(batch.sequences, f"the step failed: {type(error).__name__}: {error}")
+            self._rows.forget()  # what was copied for the step may be half there
             return
         for sequence, length in batch.prefills:
             sequence.computed += length
@@ -105,10 +125,12 @@ class Engine:
             batch_size=len(batch.sequences),
             batch_tokens=len(batch.decodes) + sum(length for _, length in batch.prefills),
             kv_tokens=self._scheduler.kv_tokens,
+            kv_cached_tokens=self._rows.cached_tokens,
             kv_capacity=self._kv_capacity,
-            adapters_host=len(self._store),
-            adapters_device=self._scheduler.resident_adapters,
-            adapter_bytes=self._store.nbytes,
+            prefix_cache_queries=self._rows.queries,
+            prefix_cache_hits=self._rows.hits,
+            preemptions=self._scheduler.preemptions,
+            adapters=self._store.stats,
             step_seconds=self._step_seconds if batch else 0.0,
         )
         return report
@@ -118,16 +140,19 @@ class Engine:
         return (*self._scheduler.problems(), *self._store.problems())
 
     def _submit(self, command: Submit) -> None:
+        adapter = command.adapter
         self._scheduler.add(
             Sequence(
                 request_id=command.request_id,
                 tokens=list(command.tokens),
                 prompt_length=len(command.tokens),
-                adapter=command.adapter,
+                adapter=adapter,
                 sampling=command.sampling,
                 max_new_tokens=command.max_new_tokens,
                 min_new_tokens=command.min_new_tokens,
                 eos_token_ids=command.eos_token_ids,
+                cache_key=None if adapter is None else self._store.info(adapter).digest,
+                priority=command.priority,
                 arrived=time.perf_counter(),
             )
         )
@@ -140,15 +165,22 @@ class Engine:
             self._scheduler.withdraw(request_id)  # or it has ended already
 
     def _bring_in_adapters(self, batch: Batch) -> None:
+        """Copy the batch's new adapters to the device; start reading what others wait for."""
+        idle = not batch
+        self._store.free_emptied_slots()
         for slot, version in batch.loads:
             try:
                 self._runner.put_adapter(slot, self._store.get(version))
             except Exception as error:  # no device memory: only its own requests fail
                 log.exception("adapter version %d cannot be brought to the device", version)
-                victims = [s for s in batch.sequences if s.adapter == version]
+                victims = self._scheduler.running_with(version)
                 batch.prefills = [(s, n) for s, n in batch.prefills if s.adapter != version]
+                batch.decodes = [s for s in batch.decodes if s.adapter != version]
                 self._fail(victims, f"the adapter cannot be brought to the device: {error}")
                 self._scheduler.evict_adapter(version)
+        self._store.read_ahead(self._scheduler.waiting_adapters)
+        # If all that is to do needs weights that are being read, the engine sleeps until they come.
+        self._stalled = idle and self._store.reading > 0
 
     def _advance(self, sequence: Sequence, sample: Sample) -> None:
         """Append a sampled token, report it, and end the sequence if it was the last."""
@@ -192,21 +224,31 @@ class Engine:
 
     def _release(self, sequence: Sequence, *, may_hold_nan: bool = False) -> None:
         # A sequence that never gave a token may have computed NaN without anybody seeing it.
-        if may_hold_nan or not sequence.generated:
+        sound = bool(sequence.generated) and not may_hold_nan
+        if not sound:
             self._runner.scrub(sequence)
-        self._scheduler.finish(sequence)
+        self._scheduler.finish(sequence, keep=sound)
 
-    def _keep(self, load: LoadFinished) -> None:
-        error = load.error
-        if load.info is not None and load.sites is not None:
-            try:
-                self._store.add(load.command.version, load.info, load.sites)
-            except LoraxError as refused:
-                error = refused
-        if error is not None:
-            self._reply(Reply(load.command.call_id, error=error))
+    def _keep(self, loaded: LoadFinished) -> None:
+        load = loaded.load
+        if load.call_id is None:
+            error = self._store.arrived(loaded)
+            if error is not None:
+                self._fail_waiting(load.version, str(error))
+        elif loaded.error is not None:
+            self._reply(Reply(load.call_id, error=loaded.error))
         else:
-            self._reply(Reply(load.command.call_id, load.info))
+            try:
+                self._reply(Reply(load.call_id, self._store.add(loaded)))
+            except LoraxError as refused:
+                self._reply(Reply(load.call_id, error=refused))
+
+    def _fail_waiting(self, version: int, error: str) -> None:
+        for sequence in self._scheduler.waiting_for(version):
+            self._scheduler.withdraw(sequence.request_id)
+            self._report.tokens.append(
+                TokenOutput(sequence.request_id, None, StopReason.ERROR, error=error)
+            )
 
     def _drop(self, call_id: int, version: int) -> None:
         if version not in self._store:
@@ -214,9 +256,7 @@ class Engine:
             self._reply(Reply(call_id, error=error))
             return
         slot = self._scheduler.drop_adapter(version)
-        if slot is not None:
-            self._runner.clear_adapter(slot)
-        self._reply(Reply(call_id, self._store.drop(version)))
+        self._reply(Reply(call_id, self._store.drop(version, slot)))
 
     def _reply(self, reply: Reply) -> None:
         self._report.replies.append(reply)

@@ -41,6 +41,7 @@ class Submit:
     max_new_tokens: int
     min_new_tokens: int
     eos_token_ids: frozenset[int]
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

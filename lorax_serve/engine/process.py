@@ -51,7 +51,7 @@ def _serve(config: EngineConfig, link: socket.socket, inbox: queue.SimpleQueue[o
         import torch
 
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-        from lorax_serve.engine.adapter_store import AdapterLoader
+        from lorax_serve.engine.adapter_loader import AdapterLoader
         from lorax_serve.engine.engine import Engine
         from lorax_serve.model.runner import ModelRunner
 

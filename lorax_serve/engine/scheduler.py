@@ -1,46 +1,80 @@
 """What the next step computes. Plain integers and queues; knows no tensors.
 
-Running sequences always go on: each that decodes gets its one token. Prompt tokens fill what the
-step's budget leaves, oldest sequence first. Waiting sequences are admitted in order of arrival as
-soon as a row of the KV cache and, if they name an adapter, a device slot for it can be had.
+Running sequences always go on: each that decodes gets its one token. What the step's budget leaves
+goes to prompts, running or waiting, of the flow that was served least (``fair_queue``). A waiting
+sequence is admitted when a row of the KV cache, memory for all its tokens (``kv_rows``) and, if it
+names an adapter, a device slot for that can be had.
+
+Decoding takes memory block by block. When there is none left, the running sequence of the lowest
+priority, then the latest, gives its row up and waits again, at the head of its flow, with all its
+tokens: they are computed again as a prompt, and what is drawn after them is what would have been,
+because draws depend on seed and position only.
+
+When more adapters have work than there are device slots, they take turns: one that got a quantum
+of service ahead of another without a slot is parked. Its running sequences keep their rows and
+stand still until it is their turn again; nothing is computed twice.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+import itertools
+from collections import Counter
 
 from lorax_serve.core import BASE, Batch, Sequence
 from lorax_serve.engine.adapter_slots import AdapterSlots
+from lorax_serve.engine.fair_queue import SCALE, FairQueue, Flow
+from lorax_serve.engine.kv_rows import KVRows
 
 __all__ = ["Scheduler"]
-
-# A sequence that waits for an adapter slot lets this many others pass; then they queue behind it,
-# or adapters that are never idle would keep it waiting for ever.
-_MAX_PASSED = 32
 
 
 class Scheduler:
     """Queues, KV rows and adapter slots.
 
     Args:
-        max_batch_size: rows of the KV cache: sequences that run at once.
-        max_batch_tokens: prompt tokens a step.
-        adapter_slots: distinct adapters that run at once.
+        max_batch_size: sequences that run at once.
+        max_batch_tokens: most prompt tokens a step.
+        slots: the device's adapter slots; a sequence whose adapter gets none now is passed over.
+        rows: rows of the KV cache, at least ``max_batch_size``.
+        prompt_tokens_with_decodes: prompt tokens a step beside decoding sequences.
+        adapter_quantum: service (in prompt tokens) by which an adapter in a slot may get ahead of
+            one without.
+
+    Attributes:
+        preemptions: sequences that had to give up their row, so far.
     """
 
-    def __init__(self, max_batch_size: int, max_batch_tokens: int, adapter_slots: int) -> None:
-        self._max_batch_tokens = max_batch_tokens
+    def __init__(
+        self,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        slots: AdapterSlots,
+        rows: KVRows,
+        *,
+        prompt_tokens_with_decodes: int,
+        adapter_quantum: int,
+    ) -> None:
         self._max_batch_size = max_batch_size
-        self._slots = AdapterSlots(adapter_slots)
-        self._free_rows = list(range(max_batch_size))
-        self._waiting: deque[Sequence] = deque()
+        self._max_batch_tokens = max_batch_tokens
+        self._prompt_tokens_with_decodes = min(prompt_tokens_with_decodes, max_batch_tokens)
+        self._adapter_quantum = adapter_quantum * SCALE
+        self._slots = slots
+        self._rows = rows
+        self._queue = FairQueue()
         self._running: dict[int, Sequence] = {}
+        self._users: Counter[int] = Counter()
+        """Running sequences of each adapter that holds a slot for them."""
+        self._parked: Counter[int] = Counter()
+        """Running sequences of each adapter that has none now; their ``adapter_slot`` is BASE."""
+        self._refused: set[int] = set()
+        """Adapters that could have no slot in the last step."""
+        self.preemptions = 0
 
     @property
     def waiting(self) -> int:
         """Number of sequences that are not admitted yet."""
-        return len(self._waiting)
+        return len(self._queue)
 
     @property
     def running(self) -> int:
@@ -54,32 +88,49 @@ class Scheduler:
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens in the KV cache."""
+        """Tokens of running sequences in the KV cache."""
         return sum(sequence.computed for sequence in self._running.values())
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        self._waiting.append(sequence)
+        self._queue.add(sequence)
 
     def schedule(self) -> Batch:
         """Admit what fits and choose the next step's work; empty if there is none."""
         batch = Batch()
-        budget = self._max_batch_tokens
         for sequence in self._running.values():
+            self._rows.commit(sequence)
+        barred = self._take_turns(batch)
+        preempted = self._secure_memory()
+        prompts = []
+        for sequence in self._running.values():
+            if self._is_parked(sequence):
+                continue
             if sequence.remaining == 1:
                 batch.decodes.append(sequence)
-            elif budget:
-                budget -= self._take_chunk(batch, sequence, budget)
-        while budget and self._free_rows and (admitted := self._admit(batch)):
-            budget -= self._take_chunk(batch, admitted, budget)
+                self._queue.charge_token(sequence)
+            else:
+                prompts.append(sequence)
+        # What was just preempted would come back at once, to be preempted again.
+        places = 0 if preempted else self._max_batch_size - len(self._running)
+        self._share_prompt_budget(batch, prompts, places, barred)
+        batch.copies = self._rows.take_copies()
         return batch
 
-    def finish(self, sequence: Sequence) -> None:
-        """Take a running sequence out and free what it holds."""
+    def finish(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Take a running sequence out and free what it holds.
+
+        Args:
+            sequence: it has ended, failed, or was aborted.
+            keep: whether its keys and values are sound and may serve other prompts.
+        """
         del self._running[sequence.request_id]
-        heapq.heappush(self._free_rows, sequence.kv_slot)
-        if sequence.adapter is not None:
+        self._rows.release(sequence, keep=keep)
+        if self._is_parked(sequence):
+            _decrement(self._parked, sequence.adapter)
+        elif sequence.adapter is not None:
             self._slots.unpin(sequence.adapter)
+            _decrement(self._users, sequence.adapter)
         sequence.kv_slot, sequence.adapter_slot = -1, BASE
 
     def find(self, request_id: int) -> Sequence | None:
@@ -87,16 +138,34 @@ class Scheduler:
         return self._running.get(request_id)
 
     def withdraw(self, request_id: int) -> bool:
-        """Take a waiting sequence out; whether there was one."""
-        for sequence in self._waiting:
-            if sequence.request_id == request_id:
-                self._waiting.remove(sequence)
-                return True
-        return False
+        """Take a waiting or parked sequence out; whether there was one."""
+        sequence = self._running.get(request_id)
+        if sequence is not None and self._is_parked(sequence):
+            self.finish(sequence)
+            return True
+        return self._queue.withdraw(request_id)
+
+    def waiting_adapters(self) -> list[int]:
+        """The adapters that waiting or parked sequences name, the next to be served first."""
+        flows = {flow for flow in self._queue.backlogged() if flow.adapter is not None}
+        flows |= {self._queue.flow(s) for s in self._running.values() if self._is_parked(s)}
+        ordered = sorted(flows, key=lambda flow: flow.counter)
+        return [flow.adapter for flow in ordered if flow.adapter is not None]
+
+    def waiting_for(self, version: int) -> list[Sequence]:
+        """The waiting or parked sequences that name an adapter."""
+        flows = [flow for flow in self._queue.backlogged() if flow.adapter == version]
+        found = [sequence for flow in flows for sequence in flow.waiting]
+        parked = (s for s in self._running.values() if self._is_parked(s))
+        return found + [sequence for sequence in parked if sequence.adapter == version]
+
+    def running_with(self, version: int) -> list[Sequence]:
+        """The running sequences that name an adapter."""
+        return [s for s in self._running.values() if s.adapter == version]
 
     def drop_adapter(self, version: int) -> int | None:
         """Forget an adapter that no sequence names; returns the slot that it leaves, if any."""
-        assert all(s.adapter != version for s in self._waiting), f"version {version} is wanted"
+        self._queue.drop_adapter(version)
         return self._slots.drop(version)
 
     def evict_adapter(self, version: int) -> None:
@@ -106,33 +175,166 @@ class Scheduler:
     def problems(self) -> list[str]:
         """What is wrong in the accounting; empty when all is well."""
         running = list(self._running.values())
+        parked = [s for s in running if self._is_parked(s)]
         pins = Counter(s.adapter for s in running if s.adapter is not None)
+        pins -= Counter(s.adapter for s in parked if s.adapter is not None)
         found = self._slots.problems(dict(pins))
-        rows = sorted([*self._free_rows, *(s.kv_slot for s in running)])
-        if rows != list(range(self._max_batch_size)):
-            found.append(f"KV rows are lost or doubled: {rows}")
+        found += self._rows.problems(running)
+        found += self._queue.problems()
+        if pins != self._users:
+            found.append(f"users of adapters are {self._users}, not {pins}")
+        if Counter(s.adapter for s in parked) != self._parked:
+            found.append(f"parked adapters are {self._parked}, not those of the sequences")
+        if self._parked.keys() & self._users.keys():
+            found.append("an adapter is parked and in use")
         return found
 
-    def _take_chunk(self, batch: Batch, sequence: Sequence, budget: int) -> int:
-        length = min(sequence.remaining, budget)
-        batch.prefills.append((sequence, length))
-        return length
+    def _secure_memory(self) -> bool:
+        """Memory for every token that is decoded now, preempting if need be; whether it was."""
+        before = self.preemptions
+        for sequence in list(self._running.values()):
+            # All of a prompt's memory was taken when it was admitted.
+            if self._is_parked(sequence):
+                continue
+            while sequence.kv_slot >= 0 and not self._rows.reserve(sequence):
+                everyone = self._running.values()
+                self._preempt(max(everyone, key=lambda s: (-s.priority, s.arrived, s.request_id)))
+        return self.preemptions > before
 
-    def _admit(self, batch: Batch) -> Sequence | None:
-        for index, sequence in enumerate(self._waiting):
-            if sequence.adapter is not None:
-                pinned = self._slots.pin(sequence.adapter)
-                if pinned is None:
-                    if sequence.passed >= _MAX_PASSED:
-                        return None
+    def _preempt(self, sequence: Sequence) -> None:
+        self.finish(sequence, keep=False)
+        sequence.computed = 0
+        self._queue.put_back(sequence)
+        self.preemptions += 1
+
+    def _share_prompt_budget(
+        self, batch: Batch, prompts: list[Sequence], places: int, barred: set[int]
+    ) -> None:
+        """Fill the batch with prompts, the least served flow's first; admit to ``places``."""
+        budget = self._prompt_budget(len(batch.decodes), len(prompts), places)
+        order = itertools.count()  # at equal service, prompts that were begun go first
+        queue: list[tuple[int, int, Flow, Sequence | None]] = []
+        for prompt in prompts:
+            flow = self._queue.flow(prompt)
+            queue.append((flow.counter, next(order), flow, prompt))
+        if places:
+            queue += [(f.counter, next(order), f, None) for f in self._queue.backlogged()]
+        heapq.heapify(queue)
+        while budget and queue:
+            counter, _, flow, sequence = heapq.heappop(queue)
+            if counter < flow.counter:  # it was served meanwhile
+                heapq.heappush(queue, (flow.counter, next(order), flow, sequence))
+                continue
+            if sequence is None:
+                if not places or flow.adapter in barred:
                     continue
-                sequence.adapter_slot = pinned.slot
-                if pinned.is_new:
-                    batch.loads.append((pinned.slot, sequence.adapter))
-            for passed in range(index):
-                self._waiting[passed].passed += 1
-            del self._waiting[index]
-            sequence.kv_slot = heapq.heappop(self._free_rows)
-            self._running[sequence.request_id] = sequence
-            return sequence
-        return None
+                if not self._rows.fits(flow.waiting[0]):
+                    places = 0  # it is next: others must not take the memory that it waits for
+                    continue
+                sequence = self._admit(flow, batch)
+                if sequence is None:
+                    continue
+                places -= 1
+                if flow.waiting:
+                    heapq.heappush(queue, (flow.counter, next(order), flow, None))
+            length = min(sequence.remaining, budget)
+            batch.prefills.append((sequence, length))
+            self._queue.charge_prompt(sequence, length)
+            budget -= length
+
+    def _prompt_budget(self, decodes: int, prompts: int, places: int) -> int:
+        """Prompt tokens of this step: all, or a few if they delay others that decode; as many
+        times more as there are prompts to each of these."""
+        if not decodes:
+            return self._max_batch_tokens
+        prompts += min(places, len(self._queue))
+        share = self._prompt_tokens_with_decodes * max(1, prompts // decodes)
+        return min(share, self._max_batch_tokens)
+
+    def _admit(self, flow: Flow, batch: Batch) -> Sequence | None:
+        """Start the flow's next sequence; None if its adapter can have no slot now."""
+        sequence = flow.waiting[0]
+        if sequence.adapter is not None:
+            slot = self._pin(sequence.adapter, batch)
+            if slot is None:
+                return None
+            sequence.adapter_slot = slot
+            self._users[sequence.adapter] += 1
+        self._queue.pop(flow)
+        self._rows.take(sequence)
+        self._running[sequence.request_id] = sequence
+        return sequence
+
+    def _take_turns(self, batch: Batch) -> set[int]:
+        """Decide which adapters hold slots; returns those that may not admit in this step.
+
+        Adapters with work but no slot get the free slots, the least served first. The next of
+        them are set against those that hold slots, from the most served: who is more than a
+        quantum ahead is parked for the other.
+        """
+        short, self._slots.short = self._slots.short, False
+        refused, self._refused = self._refused, set()
+        free = self._slots.capacity - len(self._users)
+        if not (self._parked or short or (free <= 0 and self._queue)):
+            return set()
+        least: dict[int, int] = {}
+        for flow in map(self._queue.flow, self._running.values()):
+            if flow.adapter is not None:
+                least[flow.adapter] = min(flow.counter, least.get(flow.adapter, flow.counter))
+        waiting: set[int] = set()
+        admits = len(self._running) < self._max_batch_size
+        for flow in self._queue.backlogged():
+            if flow.adapter is not None and admits and self._rows.fits(flow.waiting[0]):
+                waiting.add(flow.adapter)
+                least[flow.adapter] = min(flow.counter, least.get(flow.adapter, flow.counter))
+        without = (waiting | self._parked.keys()) - self._users.keys()
+        needy = sorted((least[a], a) for a in without if self._slots.is_loaded(a))
+        leading = sorted(((least[a], a) for a in self._users), reverse=True)
+        for (most, adapter), (counter, _) in zip(leading, needy[max(free, 0) :], strict=False):
+            if most - counter <= self._adapter_quantum:
+                break
+            self._park(adapter)
+            free += 1
+        turn = {adapter for _, adapter in needy[: max(free, 0)]}
+        unloaded = [a for a in self._parked if len(turn) < free and not self._slots.is_loaded(a)]
+        for adapter in [a for a in self._parked if a in turn] + unloaded:
+            self._resume(adapter, batch)
+        barred = {adapter for _, adapter in needy if adapter not in turn} | self._parked.keys()
+        if short and refused & least.keys():
+            # Memory for weights is short: what is ahead ends, and leaves its memory.
+            limit = min(least[a] for a in refused & least.keys()) + self._adapter_quantum
+            barred |= {adapter for adapter, counter in least.items() if counter > limit}
+        return barred
+
+    def _park(self, adapter: int) -> None:
+        for sequence in self.running_with(adapter):
+            self._slots.unpin(adapter)
+            sequence.adapter_slot = BASE
+        self._parked[adapter] = self._users.pop(adapter)
+
+    def _resume(self, adapter: int, batch: Batch) -> None:
+        for sequence in self.running_with(adapter):
+            pinned = self._pin(adapter, batch)
+            if pinned is None:  # only the first can fail
+                return
+            sequence.adapter_slot = pinned
+        self._users[adapter] = self._parked.pop(adapter)
+
+    def _pin(self, adapter: int, batch: Batch) -> int | None:
+        pinned = self._slots.pin(adapter)
+        if pinned is None:
+            self._refused.add(adapter)
+            return None
+        if pinned.is_new:
+            batch.loads.append((pinned.slot, adapter))
+        return pinned.slot
+
+    def _is_parked(self, sequence: Sequence) -> bool:
+        return sequence.adapter_slot == BASE and sequence.adapter is not None
+
+
+def _decrement(counts: Counter[int], key: int | None) -> None:
+    assert key is not None
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]

@@ -268,6 +268,7 @@ class TextGenerator:
             max_new_tokens=stop.max_new_tokens,
             min_new_tokens=stop.min_new_tokens,
             eos_token_ids=frozenset() if stop.ignore_eos else frozenset(info.eos_token_ids),
+            priority=request.priority,
         )
 
 

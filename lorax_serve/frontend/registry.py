@@ -33,6 +33,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 _T = TypeVar("_T")
 
+_PROGRESS_SECONDS = 5.0
+
 log = logging.getLogger(__name__)
 
 
@@ -65,7 +67,7 @@ class AdapterLoader(Protocol):
     """What the registry needs of the engine."""
 
     async def load_adapter(self, version: int, path: str) -> AdapterInfo:
-        """Read an adapter into memory as ``version``."""
+        """Read and check an adapter, which is ``version`` from then on."""
 
     async def drop_adapter(self, version: int) -> int:
         """Free a version; returns its bytes."""
@@ -131,21 +133,21 @@ class AdapterRegistry:
             adapter.unused.set()
 
     def adapters(self) -> list[Adapter]:
-        """All versions in memory, by name, those that drain included."""
+        """All loaded versions, by name, those that drain included."""
         everyone = [*self._by_name.values(), *self._draining.values()]
         return sorted(everyone, key=lambda adapter: (adapter.name, adapter.version))
 
     async def load(self, name: str, path: str | None = None) -> Adapter:
         """Load the adapter directory ``path`` (inside the root; default ``name``) under ``name``.
 
-        Loading the content that ``name`` already has changes nothing; loading other content
-        replaces it for new requests. The load goes on even if this call is cancelled.
+        Loading the content that ``name`` already has, from where it has it, changes nothing;
+        anything else replaces it for new requests. The load goes on even if this call is cancelled.
 
         Raises:
             InvalidRequest: the name or the path is malformed, or the path leaves the root.
             AdapterConflict: the name is being loaded already, or no root is configured.
             AdapterRejected: the files cannot be applied exactly; what was loaded before stays.
-            Overloaded: memory for adapters is full.
+            Overloaded: the adapter alone is larger than the memory for adapters.
         """
         if name in self._loading:
             raise AdapterConflict(f"adapter {name!r} is being loaded by another call")
@@ -167,7 +169,9 @@ class AdapterRegistry:
         finally:
             self._loading.discard(name)
         current = self._by_name.get(name)
-        if current is not None and current.info.digest == info.digest:
+        # The same content from elsewhere is a new version: the old directory may not be there any
+        # more when its weights have to be read again.
+        if current is not None and (current.info.digest, current.path) == (info.digest, directory):
             await self._engine.drop_adapter(version)
             return current
         adapter = Adapter(name, version, info, directory)
@@ -197,9 +201,14 @@ class AdapterRegistry:
         failures: dict[str, LoraxError] = {}
         if self._root is None:
             return failures
-        for directory in sorted(self._root.iterdir()):
-            if not (directory / "adapter_config.json").exists():
-                continue
+        directories = [
+            each for each in sorted(self._root.iterdir()) if (each / "adapter_config.json").exists()
+        ]
+        last_word = time.monotonic()
+        for done, directory in enumerate(directories):
+            if time.monotonic() - last_word > _PROGRESS_SECONDS:
+                last_word = time.monotonic()
+                log.info("%d of %d adapters loaded", done - len(failures), len(directories))
             try:
                 await self.load(directory.name)
             except LoraxError as error:

@@ -54,6 +54,7 @@ def generate_request(message: Any) -> GenerateRequest:
         adapter_id=_adapter_id(message),
         sampling=SamplingParams(**sampling),
         stop=StopParams(stop_sequences=tuple(parameters.stopping.stop_sequences), **stopping),
+        **_given(message, "priority"),
     )
 
 

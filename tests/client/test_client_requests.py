@@ -43,6 +43,13 @@ def test_prompts_that_cannot_be_sent(bad: Any) -> None:
         prompt(bad)
 
 
+def test_priority_is_a_field_of_the_request_itself() -> None:
+    fields = generate_fields("one", None, {"priority": -2, "seed": 5})
+    assert pb.GenerateRequest(**fields).priority == -2
+    assert pb.GenerateStreamRequest(**fields).parameters.sampling.seed == 5
+    assert not pb.GenerateRequest(**generate_fields("one", None, {})).HasField("priority")
+
+
 def test_metadata_is_sent_where_it_can_be() -> None:
     assert metadata("poet") == ((generation.ADAPTER_METADATA, "poet"),)
     assert metadata(None) == metadata("ü") == metadata("a\nb") == ()

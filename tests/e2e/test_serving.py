@@ -102,7 +102,7 @@ async def test_cancelled_streams_leave_nothing_behind(
         assert server.stats.kv_tokens == 0
         for name in "abcd":  # nothing holds a reference any more
             assert await asyncio.wait_for(client.unload_adapter(name), 10) > 0
-        assert server.stats.adapters_host == server.stats.adapter_bytes == 0
+        assert server.stats.adapters.host == server.stats.adapters.host_bytes == 0
 
 
 CLIENT_THAT_DIES = """

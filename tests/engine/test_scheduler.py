@@ -2,157 +2,92 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lorax_serve.core import BASE, Batch, SamplingParams, Sequence
+from lorax_serve.core import BASE
 from lorax_serve.engine.adapter_slots import AdapterSlots
+from lorax_serve.engine.fair_queue import SCALE
+from lorax_serve.engine.kv_rows import BLOCK, KVRows
 from lorax_serve.engine.scheduler import Scheduler
+from tests.engine.simulation import Simulation, sequence
+
+SHARED = [[family * 10_000 + n for n in range(200)] for family in range(3)]
+"""Texts that prompts begin with."""
 
 
-def sequence(
-    request_id: int, prompt: int = 1, new: int = 1, adapter: int | None = None
-) -> Sequence:
-    return Sequence(
-        request_id=request_id,
-        tokens=[7] * prompt,
-        prompt_length=prompt,
-        adapter=adapter,
-        sampling=SamplingParams(),
-        max_new_tokens=new,
-        min_new_tokens=0,
-        eos_token_ids=frozenset(),
+def scheduler_of(rows: int, budget: int, slots: int) -> Scheduler:
+    return Scheduler(
+        rows,
+        budget,
+        AdapterSlots(slots),
+        KVRows(rows, 100),
+        prompt_tokens_with_decodes=budget,
+        adapter_quantum=0,
     )
-
-
-class Simulation:
-    """A scheduler, the engine's part in a step, and checks of every batch."""
-
-    def __init__(self, rows: int, budget: int, slots: int) -> None:
-        self.rows, self.budget, self.slots = rows, budget, slots
-        self.scheduler = Scheduler(rows, budget, slots)
-        self.waiting: dict[int, Sequence] = {}
-        self.running: dict[int, Sequence] = {}
-        self.device: dict[int, int] = {}
-        """Slot to version, as the runner would have it."""
-        self.admitted: list[int] = []
-        self.done: list[int] = []
-        self._ids = 0
-
-    def add(self, prompt: int = 1, new: int = 1, adapter: int | None = None) -> Sequence:
-        self._ids += 1
-        new_one = sequence(self._ids, prompt, new, adapter)
-        self.scheduler.add(new_one)
-        self.waiting[self._ids] = new_one
-        return new_one
-
-    def step(self) -> Batch:
-        before = dict(self.running)
-        batch = self.scheduler.schedule()
-        for slot, version in batch.loads:
-            assert all(s.adapter_slot != slot for s in before.values()), "a pinned slot was taken"
-            self.device[slot] = version
-        for chosen in batch.sequences:
-            if chosen.request_id in self.waiting:
-                self.running[chosen.request_id] = self.waiting.pop(chosen.request_id)
-                self.admitted.append(chosen.request_id)
-        self.check(batch)
-        for chosen in batch.decodes:
-            chosen.computed += 1
-        for chosen, length in batch.prefills:
-            chosen.computed += length
-        for chosen in batch.sequences:
-            if chosen.remaining == 0:
-                chosen.tokens.append(7)
-                if chosen.generated >= chosen.max_new_tokens:
-                    self.end(chosen)
-        return batch
-
-    def check(self, batch: Batch) -> None:
-        ids = [chosen.request_id for chosen in batch.sequences]
-        assert len(ids) == len(set(ids)), "a sequence is in the batch twice"
-        assert set(ids) <= self.running.keys()
-        assert all(chosen.remaining == 1 for chosen in batch.decodes)
-        assert all(0 < length <= chosen.remaining for chosen, length in batch.prefills)
-        assert sum(length for _, length in batch.prefills) <= self.budget
-        decoding = {i for i, s in self.running.items() if s.generated}
-        assert decoding <= {s.request_id for s in batch.decodes}, "a decode was left out"
-        assert batch or not (self.running or self.waiting), "nothing to do, but work is left"
-
-    def end(self, chosen: Sequence) -> None:
-        self.scheduler.finish(chosen)
-        del self.running[chosen.request_id]
-        self.done.append(chosen.request_id)
-        assert (chosen.kv_slot, chosen.adapter_slot) == (-1, BASE)
-
-    def abort(self, request_id: int) -> None:
-        """As the engine does it."""
-        found = self.scheduler.find(request_id)
-        if found is not None:
-            assert found is self.running[request_id]
-            self.end(found)
-        else:
-            assert self.scheduler.withdraw(request_id) == (request_id in self.waiting)
-            self.waiting.pop(request_id, None)
-
-    def drop(self, version: int) -> None:
-        """As the engine does when an adapter's last request has ended."""
-        slot = self.scheduler.drop_adapter(version)
-        held = {v: s for s, v in self.device.items()}
-        assert slot == held.get(version)
-        if slot is not None:
-            del self.device[slot]
-
-    def check_state(self) -> None:
-        scheduler = self.scheduler
-        assert scheduler.problems() == []
-        assert scheduler.running == len(self.running) <= self.rows
-        assert scheduler.waiting == len(self.waiting)
-        pinned = {s.adapter for s in self.running.values() if s.adapter is not None}
-        assert len(pinned) <= self.slots
-        assert scheduler.resident_adapters == len(self.device) <= self.slots
-        assert scheduler.kv_tokens == sum(s.computed for s in self.running.values())
-        rows = [s.kv_slot for s in self.running.values()]
-        assert len(rows) == len(set(rows))
-        assert all(0 <= row < self.rows for row in rows)
-        for s in self.running.values():
-            if s.adapter is None:
-                assert s.adapter_slot == BASE
-            else:
-                assert self.device[s.adapter_slot] == s.adapter, "it runs with another's weights"
-        by_adapter = defaultdict(list)
-        everyone = {**self.running, **self.waiting}
-        for request_id in self.admitted:
-            if request_id in everyone:
-                by_adapter[everyone[request_id].adapter].append(request_id)
-        for adapter, ids in by_adapter.items():
-            assert ids == sorted(ids), f"adapter {adapter} is not served in order of arrival"
-            left = [i for i, s in self.waiting.items() if s.adapter == adapter]
-            assert not left or max(ids) < min(left), f"adapter {adapter}: one was overtaken"
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Random lives of a scheduler."""
 
-    @initialize(rows=st.integers(1, 4), budget=st.integers(1, 12), slots=st.integers(1, 3))
-    def start(self, rows: int, budget: int, slots: int) -> None:
-        self.simulation = Simulation(rows, budget, slots)
+    @initialize(
+        rows=st.integers(1, 4),
+        spare_rows=st.integers(0, 4),
+        blocks=st.integers(5, 12),
+        budget=st.integers(1, 80),
+        beside=st.integers(1, 80),
+        slots=st.integers(1, 3),
+        quantum=st.sampled_from([0, 20, 200]),
+        caching=st.booleans(),
+    )
+    def start(
+        self,
+        rows: int,
+        spare_rows: int,
+        blocks: int,
+        budget: int,
+        beside: int,
+        slots: int,
+        quantum: int,
+        caching: bool,
+    ) -> None:
+        self.simulation = Simulation(
+            rows,
+            budget,
+            slots,
+            spare_rows=spare_rows,
+            blocks=blocks,
+            beside=beside,
+            quantum=quantum,
+            caching=caching,
+        )
 
     @rule(
-        prompt=st.integers(1, 20),
-        new=st.integers(1, 5),
+        family=st.integers(0, 2),
+        shared=st.integers(0, 90),
+        own=st.integers(1, 20),
+        new=st.integers(1, 50),
         adapter=st.none() | st.integers(1, 5),
+        priority=st.integers(-2, 2),
         count=st.integers(1, 3),
     )
-    def add(self, prompt: int, new: int, adapter: int | None, count: int) -> None:
-        for _ in range(count):
-            self.simulation.add(prompt, new, adapter)
+    def add(
+        self,
+        family: int,
+        shared: int,
+        own: int,
+        new: int,
+        adapter: int | None,
+        priority: int,
+        count: int,
+    ) -> None:
+        for n in range(count):  # 90 + 20 + 50 is five blocks: any one fits
+            tail = [-n] * own
+            self.simulation.add(SHARED[family][:shared] + tail, new, adapter, priority)
 
-    @rule(times=st.integers(1, 4))
+    @rule(times=st.integers(1, 12))
     def step(self, times: int) -> None:
         for _ in range(times):
             self.simulation.step()
@@ -164,7 +99,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ids = sorted(self.simulation.running)
         self.simulation.end(self.simulation.running[data.draw(st.sampled_from(ids))])
 
-    @rule(request_id=st.integers(1, 30))
+    @rule(request_id=st.integers(1, 40))
     def abort(self, request_id: int) -> None:
         self.simulation.abort(request_id)
 
@@ -186,11 +121,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         simulation = self.simulation
         everyone = [*simulation.running.values(), *simulation.waiting.values()]
         work = sum(len(s.tokens) + s.max_new_tokens for s in everyone)
-        for _ in range(work):
-            if not (simulation.running or simulation.waiting):
-                break
-            simulation.step()
-            simulation.check_state()
+        simulation.run(20 * work)  # some tokens are computed again after a preemption
         assert not simulation.running
         assert not simulation.waiting
         assert {s.request_id for s in everyone} <= set(simulation.done)
@@ -210,16 +141,18 @@ TestScheduler.settings = settings(
     new=st.integers(1, 4),
     arrivals=st.integers(1, 3),
     base=st.booleans(),
+    priority=st.integers(-2, 2),
+    quantum=st.sampled_from([0, 8, 32]),
 )
 def test_nobody_starves_while_others_keep_arriving(
-    slots: int, rows: int, new: int, arrivals: int, base: bool
+    slots: int, rows: int, new: int, arrivals: int, base: bool, priority: int, quantum: int
 ) -> None:
-    simulation = Simulation(rows, 16, slots)
+    simulation = Simulation(rows, 16, slots, quantum=quantum)
     busy: list[int | None] = [*range(1, slots + 1), *([None] if base else [])]
     for adapter in busy:
         simulation.add(new=new, adapter=adapter)
     simulation.step()
-    late = simulation.add(new=1, adapter=99)
+    late = simulation.add(new=1, adapter=99, priority=priority)
     for turn in range(600):
         if late.request_id in simulation.done:
             break
@@ -229,7 +162,9 @@ def test_nobody_starves_while_others_keep_arriving(
         simulation.check_state()
     assert late.request_id in simulation.done
     ahead = simulation.admitted.index(late.request_id)
-    assert ahead <= len(busy) + 33 + rows  # a bound that does not grow with what arrives
+    # A bound that does not grow with what arrives: each busy flow may get a quantum ahead, and
+    # what it costs beyond that is what runs at once. An admission costs at least 1.
+    assert ahead <= len(busy) * (quantum + 4 + 2 * new) + 2 * rows
 
 
 def test_an_adapter_without_a_slot_lets_others_pass() -> None:
@@ -238,19 +173,67 @@ def test_an_adapter_without_a_slot_lets_others_pass() -> None:
     waits = simulation.add(adapter=2)
     same, base = simulation.add(new=9, adapter=1), simulation.add(new=9)
     batch = simulation.step()
-    assert simulation.admitted == [1, same.request_id, base.request_id]
+    assert sorted(simulation.admitted) == [1, same.request_id, base.request_id]
     assert list(simulation.waiting) == [waits.request_id]
     assert batch.loads == [(0, 1)]
-    assert waits.passed == 2
 
 
-def test_waiting_for_a_row_is_first_come_first_served() -> None:
-    simulation = Simulation(rows=1, budget=16, slots=2)
-    for adapter in (1, None, 2, 1, 3):
-        simulation.add(adapter=adapter)
-    for _ in range(5):
+def test_an_adapter_that_had_its_turn_is_parked_for_one_that_waits() -> None:
+    simulation = Simulation(rows=4, budget=64, slots=1, quantum=10)
+    first = simulation.add(prompt=12, new=5, adapter=1)
+    waits = simulation.add(new=20, adapter=2)
+    simulation.step()
+    later = simulation.add(adapter=1)
+    base = simulation.add(new=20)
+    batch = simulation.step()
+    assert batch.loads == [(0, 2)]
+    assert (first.kv_slot >= 0, first.adapter_slot, first.generated) == (True, BASE, 1)
+    assert {waits.request_id, base.request_id} == {s.request_id for s in batch.sequences}
+    assert later.request_id in simulation.waiting  # it is not its adapter's turn
+    while first.adapter_slot == BASE:
         simulation.step()
-    assert simulation.done == [1, 2, 3, 4, 5]
+        simulation.check_state()
+    assert waits.adapter_slot == BASE
+    assert 10 <= 2 * waits.generated <= 10 + 12 + 4
+    simulation.run()
+    assert simulation.scheduler.preemptions == 0
+
+
+def test_a_parked_request_can_be_aborted_or_withdrawn() -> None:
+    for end in ("abort", "withdraw"):
+        simulation = Simulation(rows=4, budget=64, slots=1, quantum=0)
+        first = simulation.add(prompt=12, new=5, adapter=1)
+        simulation.add(new=20, adapter=2)
+        simulation.step()
+        simulation.step()
+        assert simulation.scheduler.waiting_for(1) == [first]
+        assert simulation.scheduler.waiting_adapters() == [1]
+        if end == "abort":
+            simulation.abort(first.request_id)
+        else:  # as the engine does when its adapter's weights are lost
+            assert simulation.scheduler.withdraw(first.request_id)
+            del simulation.running[first.request_id]
+        simulation.check_state()
+        simulation.run()
+
+
+def test_a_turn_that_is_not_over_goes_on() -> None:
+    simulation = Simulation(rows=4, budget=64, slots=1, quantum=100)
+    simulation.add(prompt=12, new=5, adapter=1)
+    simulation.add(adapter=2)
+    simulation.step()
+    simulation.add(adapter=1)
+    simulation.step()
+    assert simulation.admitted == [1, 3]
+
+
+def test_waiting_for_a_row_is_first_come_first_served_when_all_were_served_alike() -> None:
+    simulation = Simulation(rows=1, budget=16, slots=2)
+    for adapter in (1, None, 2, 3):
+        simulation.add(adapter=adapter)
+    for _ in range(4):
+        simulation.step()
+    assert simulation.done == [1, 2, 3, 4]
 
 
 def test_prompts_are_cut_to_the_budget_and_the_oldest_goes_first() -> None:
@@ -268,8 +251,18 @@ def test_prompts_are_cut_to_the_budget_and_the_oldest_goes_first() -> None:
     assert [(s.request_id, length) for s, length in batch.prefills] == [(2, 2)]
 
 
+def test_a_short_prompt_of_another_adapter_need_not_wait_for_a_long_one() -> None:
+    simulation = Simulation(rows=3, budget=10, slots=2)
+    simulation.add(prompt=100, adapter=1)
+    simulation.step()
+    short = simulation.add(prompt=10, adapter=2)
+    simulation.step()
+    simulation.step()
+    assert short.request_id in simulation.done
+
+
 def test_decodes_go_on_beside_a_long_prompt() -> None:
-    simulation = Simulation(rows=2, budget=4, slots=1)
+    simulation = Simulation(rows=2, budget=32, slots=1, beside=4)
     simulation.add(new=6)
     simulation.step()
     simulation.add(prompt=100)
@@ -277,10 +270,65 @@ def test_decodes_go_on_beside_a_long_prompt() -> None:
         batch = simulation.step()
         assert [s.request_id for s in batch.decodes] == [1]
         assert [length for _, length in batch.prefills] == [4]
+    assert [length for _, length in simulation.step().prefills] == [32]  # nothing decodes
+
+
+def test_many_prompts_need_not_wait_for_one_that_decodes() -> None:
+    simulation = Simulation(rows=8, budget=32, slots=1, beside=4)
+    simulation.add(new=20)
+    simulation.step()
+    for _ in range(3):
+        simulation.add(prompt=100)
+    assert sum(length for _, length in simulation.step().prefills) == 12
+
+
+def test_the_latest_is_preempted_and_comes_back_with_all_its_tokens() -> None:
+    simulation = Simulation(rows=2, budget=64, slots=1, blocks=3)
+    first, second = simulation.add(prompt=20, new=60), simulation.add(prompt=20, new=40)
+    while not simulation.scheduler.preemptions:
+        simulation.step()
+        simulation.check_state()
+    assert first.request_id in simulation.running
+    assert second.generated > 1
+    assert (second.computed, second.kv_slot) == (0, -1)
+    simulation.run()
+    assert simulation.done == [1, 2]
+    assert (first.generated, second.generated) == (60, 40)
+
+
+def test_low_priority_is_preempted_first() -> None:
+    simulation = Simulation(rows=2, budget=64, slots=1, blocks=3)
+    low, high = simulation.add(20, 60, priority=-1), simulation.add(20, 60, priority=1)
+    while not simulation.scheduler.preemptions:
+        simulation.step()
+    assert low.request_id in simulation.waiting
+    assert high.request_id in simulation.running
+
+
+def test_a_preempted_sequence_is_not_charged_twice() -> None:
+    simulation = Simulation(rows=2, budget=64, slots=1, blocks=3, caching=False)
+    sequences = [simulation.add(20, 60, adapter=None), simulation.add(20, 60, adapter=1)]
+    simulation.run()
+    assert simulation.scheduler.preemptions
+    counters = [simulation.scheduler._queue.flow(s).counter for s in sequences]
+    # The token that it was preempted at is computed as a prompt's, which costs one less.
+    assert max(counters) - min(counters) == simulation.scheduler.preemptions * SCALE
+
+
+def test_a_prompt_that_waits_for_memory_is_not_passed() -> None:
+    simulation = Simulation(rows=4, budget=200, slots=1, blocks=6)
+    simulation.add(prompt=100, new=20)
+    simulation.step()
+    large = simulation.add(prompt=100)
+    small = simulation.add(prompt=1)
+    simulation.step()
+    assert small.request_id in simulation.waiting
+    simulation.run()
+    assert simulation.admitted == [1, large.request_id, small.request_id]
 
 
 def test_nothing_to_do() -> None:
-    scheduler = Scheduler(2, 8, 1)
+    scheduler = scheduler_of(2, 8, 1)
     assert not scheduler.schedule()
     assert scheduler.find(1) is None
     assert not scheduler.withdraw(1)
@@ -310,11 +358,11 @@ def test_a_wanted_adapter_is_not_dropped() -> None:
 
 
 def test_a_slot_whose_weights_did_not_come_is_free_again() -> None:
-    scheduler = Scheduler(2, 8, 1)
+    scheduler = scheduler_of(2, 8, 1)
     first = sequence(1, adapter=1)
     scheduler.add(first)
     assert scheduler.schedule().loads == [(0, 1)]
-    scheduler.finish(first)
+    scheduler.finish(first, keep=False)
     scheduler.evict_adapter(1)
     assert scheduler.problems() == []
     assert scheduler.resident_adapters == 0
@@ -323,24 +371,11 @@ def test_a_slot_whose_weights_did_not_come_is_free_again() -> None:
 
 
 def test_lost_accounts_are_found() -> None:
-    scheduler = Scheduler(2, 8, 2)
-    first = sequence(1, adapter=1)
+    scheduler = scheduler_of(2, 8, 2)
+    first = sequence(1, prompt=BLOCK, adapter=1)
     scheduler.add(first)
     scheduler.schedule()
     first.kv_slot = 1
     assert "KV rows" in scheduler.problems()[0]
     first.adapter = 2
     assert "adapter pins" in scheduler.problems()[0]
-
-
-def test_slots_report_pins_that_nobody_holds() -> None:
-    slots = AdapterSlots(1)
-    assert slots.pin(5) == (0, True)
-    assert slots.pin(5) == (0, False)
-    assert slots.pin(6) is None
-    assert slots.problems({5: 2}) == []
-    assert "adapter pins" in slots.problems({5: 1})[0]
-    slots.unpin(5)
-    slots.unpin(5)
-    assert slots.pin(6) == (0, True)
-    assert len(slots) == 1

@@ -232,6 +232,17 @@ async def test_links_inside_the_root_are_followed(setting: Setting) -> None:
     assert (await setting.registry.load("poet")).info.digest == "v1"
 
 
+async def test_the_same_content_from_elsewhere_is_a_new_version(setting: Setting) -> None:
+    """Weights are read again from their directory, so it must be the one that was named last."""
+    setting.write("one", "v1")
+    setting.write("two", "v1")
+    first = await setting.registry.load("poet", "one")
+    assert await setting.registry.load("poet", "one") is first
+    second = await setting.registry.load("poet", "two")
+    assert (second.path.name, second.info.digest) == ("two", first.info.digest)
+    assert second.version > first.version
+
+
 async def test_malformed_names_and_paths(setting: Setting) -> None:
     for name in ("", ".hidden", "-x", "_x", "a b", "a/b", "..", "a\n", "ü", "x" * 129):
         with pytest.raises(InvalidRequest, match="is not a valid name"):

@@ -21,6 +21,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"chat": {"messages": [{"content": "hi"}]}}, "chat.messages: role is missing"),
     ({"chat": {"messages": [{"role": "robot"}]}}, "chat: the chat template refuses"),
     ({"text": "one " * 64}, "prompt has 64 tokens"),
+    ({"text": "one", "priority": 3}, "priority must be in [-2, 2], found 3"),
+    ({"text": "one", "priority": -3}, "priority must be in [-2, 2], found -3"),
     ({"text": "one", "adapterId": ""}, "adapter_id is empty: leave it out for the base model"),
     ({"text": "one", "adapterId": "x" * 129}, "adapter_id has 129 characters"),
 ]

@@ -1,0 +1,112 @@
+"""The thread that reads, checks and folds adapters while the steps go on."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorax_serve import adapter as leaf
+from lorax_serve.adapter import LinearShape, LoRAWeights
+from lorax_serve.core import AdapterInfo
+from lorax_serve.errors import AdapterRejected, LoraxError, RejectReason
+from lorax_serve.model.runner import HostAdapter
+
+__all__ = ["AdapterLoader", "Load", "LoadFinished"]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """An adapter directory to read.
+
+    Attributes:
+        call_id: of the ``LoadAdapter`` to answer; None where waiting requests want it again.
+        digest: what its files must still be; None the first time.
+    """
+
+    version: int
+    path: str
+    call_id: int | None = None
+    digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFinished:
+    """What the loading thread hands to the engine's thread: an adapter, or why there is none."""
+
+    load: Load
+    info: AdapterInfo | None = None
+    weights: HostAdapter | None = None
+    error: LoraxError | None = None
+    seconds: float = 0.0
+
+
+class AdapterLoader:
+    """Reads adapters on a thread of its own, one after the other.
+
+    What requests wait for is read before what is loaded for the first time. Both take the same way,
+    with all checks, so an adapter that is read again has the same bits.
+
+    Args:
+        modules: every linear module of the base model by path.
+        fold: brings weights into the form that the device slots take.
+        finished: called on the loading thread with each result.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, LinearShape],
+        fold: Callable[[LoRAWeights], HostAdapter],
+        finished: Callable[[LoadFinished], None],
+    ) -> None:
+        self._modules = modules
+        self._fold = fold
+        self._finished = finished
+        self._order = itertools.count()
+        self._loads: queue.PriorityQueue[tuple[bool, int, Load]] = queue.PriorityQueue()
+        threading.Thread(target=self._run, name="adapter-loader", daemon=True).start()
+
+    def request(self, load: Load) -> None:
+        """Queue a load; returns at once."""
+        self._loads.put((load.digest is None, next(self._order), load))
+
+    def _run(self) -> None:
+        # One core is enough for checks on small tensors; the steps need the others. The setting is
+        # this thread's own, since the engine's thread has run (warm_up) and keeps its number.
+        torch.set_num_threads(1)
+        while True:
+            _, _, load = self._loads.get()
+            self._finished(self._load(load))
+
+    def _load(self, load: Load) -> LoadFinished:
+        started = time.perf_counter()
+        try:
+            files = leaf.read(load.path)
+            if load.digest not in (None, files.digest):
+                raise AdapterRejected(
+                    RejectReason.BAD_FILE,
+                    f"the files in {Path(load.path).name}/ are others than those that were loaded "
+                    f"(digest {files.digest[:12]}, not {str(load.digest)[:12]})",
+                )
+            weights = leaf.match_weights(files.config, files.tensors, self._modules)
+            folded = self._fold(weights)
+        except LoraxError as error:
+            return LoadFinished(load, error=error)
+        except Exception as error:  # a defect of ours, but it must not end the thread
+            reason = AdapterRejected(
+                RejectReason.BAD_FILE, f"{load.path}: {type(error).__name__}: {error}"
+            )
+            return LoadFinished(load, error=reason)
+        info = AdapterInfo(
+            digest=files.digest,
+            max_rank=weights.max_rank,
+            num_modules=len(weights.pairs),
+            nbytes=folded.nbytes,
+        )
+        return LoadFinished(load, info, folded, seconds=time.perf_counter() - started)

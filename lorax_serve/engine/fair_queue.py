@@ -1,0 +1,145 @@
+"""Who is next: virtual token counters. Plain integers.
+
+After "Fairness in Serving Large Language Models" (Sheng et al., OSDI 2024). Sequences of one
+adapter (or none) and one priority are a flow. A flow's counter grows with the tokens computed for
+it, divided by its weight; the flow with the least counter is next, and in it the first that came.
+While two flows have sequences waiting, the services they get, over their weights, differ by no
+more than what their running sequences may cost. Nobody starves: every weight is positive.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from lorax_serve.core import MAX_PRIORITY, Sequence
+
+__all__ = ["PROMPT_COST", "SCALE", "TOKEN_COST", "FairQueue", "Flow"]
+
+PROMPT_COST = 1
+TOKEN_COST = 2
+"""A token generated costs about twice a token of a prompt (section 3.1 of the paper)."""
+SCALE = 1 << 16
+"""What a prompt token adds to the counter of a flow with weight 1 and priority 0; large, so that
+little is lost in dividing by a weight."""
+
+
+class Flow:
+    """The sequences of one adapter and one priority.
+
+    Attributes:
+        adapter: version, or None.
+        weight: its share against other flows; 4 with an adapter's weight 1 and priority 0.
+        counter: service it got over its weight.
+        waiting: its sequences that wait, the first to be admitted at the left.
+    """
+
+    __slots__ = ("adapter", "counter", "waiting", "weight")
+
+    def __init__(self, adapter: int | None, weight: int) -> None:
+        self.adapter = adapter
+        self.weight = weight
+        self.counter = 0
+        self.waiting: deque[Sequence] = deque()
+
+    def charge(self, cost: int) -> None:
+        """Count service of so many prompt tokens' cost."""
+        self.counter += cost * (SCALE << MAX_PRIORITY) // self.weight
+
+
+class FairQueue:
+    """All waiting sequences, by flow."""
+
+    def __init__(self) -> None:
+        self._flows: dict[tuple[int | None, int], Flow] = {}
+        """By adapter and priority. Kept while its adapter is, or it would be forgiven its debt."""
+        self._flow_of: dict[int, Flow] = {}
+        """Of waiting sequences, by request."""
+        self._weights: dict[int | None, int] = {}
+        self._level = 0
+        """The largest counter with which a flow was served: where to start when nobody waits."""
+
+    def __len__(self) -> int:
+        return len(self._flow_of)
+
+    def set_weight(self, adapter: int | None, weight: int) -> None:
+        """An adapter's share against others, from its next flow on; 1 if never set."""
+        self._weights[adapter] = weight
+
+    def flow(self, sequence: Sequence) -> Flow:
+        """The flow that a sequence belongs to."""
+        key = (sequence.adapter, sequence.priority)
+        flow = self._flows.get(key)
+        if flow is None:
+            weight = self._weights.get(sequence.adapter, 1) << (sequence.priority + MAX_PRIORITY)
+            flow = self._flows[key] = Flow(sequence.adapter, weight)
+        return flow
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. A flow that had none waiting gets no credit for its idleness."""
+        flow = self.flow(sequence)
+        if not flow.waiting:
+            least = min((other.counter for other in self.backlogged()), default=self._level)
+            flow.counter = max(flow.counter, least)
+        flow.waiting.append(sequence)
+        self._flow_of[sequence.request_id] = flow
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Queue a preempted sequence: it is its flow's next."""
+        flow = self.flow(sequence)
+        flow.waiting.appendleft(sequence)
+        self._flow_of[sequence.request_id] = flow
+
+    def pop(self, flow: Flow) -> Sequence:
+        """Take out the flow's next sequence."""
+        sequence = flow.waiting.popleft()
+        del self._flow_of[sequence.request_id]
+        return sequence
+
+    def withdraw(self, request_id: int) -> bool:
+        """Take a sequence out; whether there was one."""
+        flow = self._flow_of.pop(request_id, None)
+        if flow is None:
+            return False
+        flow.waiting = deque(each for each in flow.waiting if each.request_id != request_id)
+        return True
+
+    def backlogged(self) -> Iterator[Flow]:
+        """The flows that have sequences waiting."""
+        return (flow for flow in self._flows.values() if flow.waiting)
+
+    def charge_prompt(self, sequence: Sequence, length: int) -> None:
+        """A chunk of a sequence is computed. What was charged before a preemption is free now."""
+        end = sequence.computed + length
+        flow = self.flow(sequence)
+        self._level = max(self._level, flow.counter)
+        new = end - max(sequence.computed, sequence.charged)
+        if new > 0:
+            flow.charge(new * PROMPT_COST)
+            sequence.charged = end
+
+    def charge_token(self, sequence: Sequence) -> None:
+        """A decoding sequence is computed one token further."""
+        if sequence.computed >= sequence.charged:
+            self.flow(sequence).charge(TOKEN_COST)
+            sequence.charged = sequence.computed + 1
+
+    def drop_adapter(self, adapter: int) -> None:
+        """Forget an adapter's flows."""
+        wanted = any(flow.adapter == adapter for flow in self.backlogged())
+        assert not wanted, f"version {adapter} is wanted"
+        self._flows = {key: flow for key, flow in self._flows.items() if key[0] != adapter}
+        self._weights.pop(adapter, None)
+
+    def problems(self) -> list[str]:
+        """What is wrong in the accounting."""
+        found = []
+        waiting = {s.request_id: flow for flow in self._flows.values() for s in flow.waiting}
+        if waiting != self._flow_of:
+            found.append(f"flows hold {sorted(waiting)}, not {sorted(self._flow_of)}")
+        for key, flow in self._flows.items():
+            if any((s.adapter, s.priority) != key for s in flow.waiting):
+                found.append(f"flow {key} holds a sequence of another")
+            if flow.weight < 1:
+                found.append(f"flow {key} has weight {flow.weight}: it would starve")
+        return found
