@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
+BENCHMARKS := offline over_grpc startup popularity many_adapters thrash cold_load base_tax \
+	long_prompt prefix load_disturbance
 
-.PHONY: setup demo test lint proto bench gpu-check clean
+.PHONY: setup demo test lint proto bench bench-peers bench-all gpu-check clean
 
 setup: $(READY)
 
@@ -35,9 +37,17 @@ proto: setup
 bench: setup
 	$(BIN)/python -m benchmarks.demo_workload
 
+# The headline table: lorax beside transformers + PEFT and vLLM, which gets an environment of its own.
+bench-peers: setup
+	$(BIN)/python -m benchmarks.peers
+
+# Every benchmark of lorax alone; each has flags of its own (--help).
+bench-all: setup
+	for each in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$each || exit 1; done
+
 # On a machine with a CUDA device, in an environment that has torch, triton, transformers and peft.
 gpu-check:
 	$(PYTHON) -m pytest -m gpu
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) .venv-vllm out build *.egg-info

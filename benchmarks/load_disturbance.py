@@ -14,36 +14,19 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
-from benchmarks.record import write_result
-from lorax_serve.adapter import LoRAConfig, save
-from lorax_serve.adapter.weights import tensor_name
+from benchmarks.adapters import write_random_adapter
+from benchmarks.command import Result, parser, run
+from benchmarks.measure import medians
+from benchmarks.plot import Chart
 from lorax_serve.client import AsyncClient
 from lorax_serve.config import EngineConfig, ServerConfig
 from lorax_serve.model.source import resolve_model
-from lorax_serve.model.spec import DecoderSpec
 from lorax_serve.server.app import Server
 
 STREAMS = 8
 NEW_TOKENS = 200
 # The first gaps hold the other streams' prompts.
 WARM_UP_TOKENS = 5
-
-
-def write_random_adapter(directory: Path, rank: int, seed: int) -> None:
-    """An adapter of small random weights on all linears of the embedded model."""
-    modules = DecoderSpec.from_directory(resolve_model("smollm2-135m")).linear_modules()
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for path, shape in modules.items():
-        if not shape.is_output:
-            a = torch.randn(rank, shape.in_features, generator=generator)
-            b = torch.randn(shape.out_features, rank, generator=generator)
-            tensors[tensor_name(path, "A")] = 0.02 * a
-            tensors[tensor_name(path, "B")] = 0.02 * b
-    config = LoRAConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
-    save(directory, config, tensors)
 
 
 async def run_streams(client: AsyncClient, *, load: bool) -> tuple[list[float], list[float]]:
@@ -73,40 +56,57 @@ async def run_streams(client: AsyncClient, *, load: bool) -> tuple[list[float], 
     return gaps, loads
 
 
-async def measure(adapters: Path) -> dict[str, object]:
+async def measure(options: argparse.Namespace) -> Result:
+    with tempfile.TemporaryDirectory() as place:
+        write_random_adapter(Path(place) / "late", resolve_model(options.model), 16, seed=0)
+        return await _measure(options, Path(place))
+
+
+async def _measure(options: argparse.Namespace, adapters: Path) -> Result:
     config = ServerConfig(
-        engine=EngineConfig(max_batch_size=STREAMS),
+        engine=EngineConfig(model=options.model, max_batch_size=STREAMS),
         host="127.0.0.1",
         port=0,
         metrics_port=None,
         adapters=adapters,
     )
+    rounds = []
     async with Server(config) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
         await client.unload_adapter("late")
         await run_streams(client, load=False)
-        quiet, _ = await run_streams(client, load=False)
-        busy, loads = await run_streams(client, load=True)
-    limit = 2 * statistics.median(busy) + 0.05
-    return {
-        "quiet_itl_ms": {"median": 1e3 * statistics.median(quiet), "max": 1e3 * max(quiet)},
-        "loading_itl_ms": {"median": 1e3 * statistics.median(busy), "max": 1e3 * max(busy)},
-        "loads": len(loads),
-        "load_ms_median": 1e3 * statistics.median(loads),
-        "limit_ms": 1e3 * limit,
-        "holds": max(busy) <= limit,
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        write_random_adapter(Path(place) / "late", 16, seed=0)
-        result = asyncio.run(measure(Path(place)))
-    print(result)
-    print(write_result(options.out, "load_disturbance", result))
+        for _ in range(options.repeats):
+            quiet, _ = await run_streams(client, load=False)
+            busy, loads = await run_streams(client, load=True)
+            limit = 2 * statistics.median(busy) + 0.05
+            rounds.append(
+                {
+                    "quiet_itl_ms_p50": 1e3 * statistics.median(quiet),
+                    "quiet_itl_ms_max": 1e3 * max(quiet),
+                    "loading_itl_ms_p50": 1e3 * statistics.median(busy),
+                    "loading_itl_ms_max": 1e3 * max(busy),
+                    "load_ms_p50": 1e3 * statistics.median(loads),
+                    "limit_ms": 1e3 * limit,
+                }
+            )
+    figures = medians(rounds)
+    return Result(
+        headline={
+            **figures,
+            "holds": all(each["loading_itl_ms_max"] <= each["limit_ms"] for each in rounds),
+        },
+        details={"rounds": rounds},
+        chart=Chart(
+            f"{STREAMS} streams while an adapter is loaded again and again",
+            "inter-token time, ms",
+            {
+                "undisturbed, median": {"lorax": figures["quiet_itl_ms_p50"]},
+                "loading, median": {"lorax": figures["loading_itl_ms_p50"]},
+                "loading, longest": {"lorax": figures["loading_itl_ms_max"]},
+                "promised at most": {"lorax": figures["limit_ms"]},
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run("load_disturbance", parser(__doc__), measure)
