@@ -15,10 +15,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lorax_serve.kernels.build import cpu_lacks
+from lorax_serve.kernels.build import INSTRUCTION_SETS, cpu_lacks, instruction_sets
 
-needs_kernels = pytest.mark.skipif(
-    bool(cpu_lacks()), reason=f"the CPU has no {', '.join(cpu_lacks())}"
+needs_kernels = pytest.mark.skipif(not instruction_sets(), reason="not an x86 CPU with AVX2")
+
+each_instruction_set = pytest.mark.parametrize(
+    "instruction_set",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                bool(cpu_lacks(name)), reason=f"the CPU has no {', '.join(cpu_lacks(name))}"
+            ),
+        )
+        for name in INSTRUCTION_SETS
+    ],
 )
 
 TINY_LLAMA = LlamaConfig(

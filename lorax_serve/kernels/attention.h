@@ -49,49 +49,46 @@ inline void rotate(typename E::T* v, int dim, const float* cos, const float* sin
   }
   for (int i = 0; i < half; i += PANEL) {
     const V a = E::widen(v + i), b = E::widen(v + i + half);
-    const V c = _mm512_loadu_ps(cos + i), s = _mm512_loadu_ps(sin + i);
-    E::narrow(v + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
-    E::narrow(v + i + half, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+    const V c = load(cos + i), s = load(sin + i);
+    E::narrow(v + i, a * c - b * s);
+    E::narrow(v + i + half, b * c + a * s);
   }
 }
 
-// scores[0..length) = scale * keys @ q
+// scores[0..length) = scale * keys @ q; scores has room for a multiple of 16.
 template <class E>
 void score(const typename E::T* q, const typename E::T* keys, int dim, int length, float scale,
            float* scores) {
-  const __m256 scales = _mm256_set1_ps(scale);
   for (int p = 0; p < length; p += 8) {
     V acc[8];
-    for (int i = 0; i < 8; i++) acc[i] = zero();
     // Reading past the end is within the row's own memory or repeats its last position.
     for (int i = 0; i < 8; i++) {
       const typename E::T* key = keys + long(std::min(p + i, length - 1)) * dim;
+      acc[i] = zero();
       for (int d = 0; d < dim; d += E::DOT)
         acc[i] = E::multiply(acc[i], E::load(q + d), E::load(key + d));
     }
-    _mm256_storeu_ps(scores + p, _mm256_mul_ps(sum_lanes(acc), scales));
+    sums(acc, scores + p);
   }
+  for (int p = 0; p < length; p += PANEL) store(scores + p, load(scores + p) * all(scale));
 }
-
-inline __mmask16 first_lanes(int n) { return n >= PANEL ? 0xffff : (1u << n) - 1; }
 
 // In place; returns the reciprocal of the sum. scores has room for a multiple of 16.
 inline float exponentials(float* scores, int length) {
-  V most = _mm512_set1_ps(scores[0]);
+  V most = all(scores[0]);
   for (int p = 0; p < length; p += PANEL)
-    most = _mm512_mask_max_ps(most, first_lanes(length - p), most, _mm512_loadu_ps(scores + p));
-  const V shift = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-  V sum = zero();
+    most = larger(most, first(length - p, load(scores + p), most));
+  const V shift = all(largest(most));
+  V total = zero();
   for (int p = 0; p < length; p += PANEL) {
-    const V e = exp(_mm512_sub_ps(_mm512_loadu_ps(scores + p), shift));
-    const V kept = _mm512_maskz_mov_ps(first_lanes(length - p), e);
-    _mm512_storeu_ps(scores + p, kept);
-    sum = _mm512_add_ps(sum, kept);
+    const V kept = first(length - p, exp(load(scores + p) - shift), zero());
+    store(scores + p, kept);
+    total = total + kept;
   }
-  return 1.0f / _mm512_reduce_add_ps(sum);
+  return 1.0f / sum(total);
 }
 
-// G heads' weighted sums of values, 4 registers (64 columns) or fewer at a time.
+// G heads' weighted sums of values, N registers of 16 columns.
 template <class E, int G, int N>
 void weigh(const float* scores, long ld_scores, const float* norms, const typename E::T* values,
            int dim, int length, typename E::T* out) {
@@ -102,13 +99,13 @@ void weigh(const float* scores, long ld_scores, const float* norms, const typena
     V v[N];
     for (int n = 0; n < N; n++) v[n] = E::widen(values + long(p) * dim + n * PANEL);
     for (int g = 0; g < G; g++) {
-      const V weight = _mm512_set1_ps(scores[g * ld_scores + p]);
-      for (int n = 0; n < N; n++) acc[g][n] = _mm512_fmadd_ps(weight, v[n], acc[g][n]);
+      const V weight = all(scores[g * ld_scores + p]);
+      for (int n = 0; n < N; n++) acc[g][n] = fma(weight, v[n], acc[g][n]);
     }
   }
   for (int g = 0; g < G; g++)
     for (int n = 0; n < N; n++)
-      E::narrow(out + g * dim + n * PANEL, _mm512_mul_ps(acc[g][n], _mm512_set1_ps(norms[g])));
+      E::narrow(out + g * dim + n * PANEL, acc[g][n] * all(norms[g]));
 }
 
 template <class E, int N>
@@ -132,8 +129,8 @@ void attend_head(const typename E::T* q, const typename E::T* keys, const typena
     norms[g] = exponentials(scratch + g * ld, length);
   }
   int d = 0;
-  for (; d + 4 * PANEL <= dim; d += 4 * PANEL)
-    weigh_heads<E, 4>(group, scratch, ld, norms, values + d, dim, length, out + d);
+  for (; d + WIDE * PANEL <= dim; d += WIDE * PANEL)
+    weigh_heads<E, WIDE>(group, scratch, ld, norms, values + d, dim, length, out + d);
   for (; d + PANEL <= dim; d += PANEL)
     weigh_heads<E, 1>(group, scratch, ld, norms, values + d, dim, length, out + d);
 }
@@ -141,62 +138,36 @@ void attend_head(const typename E::T* q, const typename E::T* keys, const typena
 constexpr int QUERY_ROWS = 32;   // rows of a prompt that a task takes
 constexpr int KEYS = 64;         // positions that are packed, and attended to, at a time
 
-inline void transpose16(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
 // KEYS keys [position, dim] to panels of 16 positions, [KEYS / 16][dim / STEP][16][STEP]; positions
-// from `valid` on become zero.
+// from `valid` on become zero. A step is four bytes, whatever the element: 4 x 4 of them at a time.
 template <class E>
 void pack_keys(const typename E::T* keys, int dim, int valid, typename E::T* panels) {
-  const int words = dim / E::STEP;  // a step is four bytes
-  for (int p = 0; p < KEYS; p += PANEL)
-    for (int w = 0; w < words; w += PANEL) {
-      __m512i block[16];
-      const __mmask16 mask = first_lanes(words - w);
-      for (int i = 0; i < 16; i++)
+  const int words = dim / E::STEP;
+  for (int p = 0; p < KEYS; p += 4)
+    for (int w = 0; w < words; w += 4) {
+      __m128 block[4];
+      for (int i = 0; i < 4; i++)
         block[i] = p + i < valid
-                       ? _mm512_maskz_loadu_epi32(mask, keys + long(p + i) * dim + w * E::STEP)
-                       : _mm512_setzero_si512();
-      transpose16(block);
-      for (int i = 0; i < 16 && w + i < words; i++)
-        _mm512_storeu_si512(panels + long(p) * dim + (w + i) * PANEL * E::STEP, block[i]);
+                       ? _mm_loadu_ps((const float*)(keys + long(p + i) * dim + w * E::STEP))
+                       : _mm_setzero_ps();
+      _MM_TRANSPOSE4_PS(block[0], block[1], block[2], block[3]);
+      float* place = (float*)panels + long(p / PANEL) * PANEL * words + p % PANEL;
+      for (int i = 0; i < 4; i++) _mm_storeu_ps(place + (w + i) * PANEL, block[i]);
     }
 }
 
 // KEYS values [position, dim] to panels of 16 columns, [dim / 16][KEYS / STEP][16][STEP].
 template <class E>
 void pack_values(const typename E::T* values, int dim, int valid, typename E::T* panels) {
+  using T = typename E::T;
+  const T nothing[PANEL] = {};
   for (int d = 0; d < dim; d += PANEL)
     for (int p = 0; p < KEYS; p += E::STEP) {
-      __m512i row = _mm512_setzero_si512();
-      for (int i = 0; i < E::STEP && p + i < valid; i++) {
-        const __m512i bits = _mm512_castps_si512(E::widen(values + long(p + i) * dim + d));
-        row = i + 1 == E::STEP ? _mm512_or_si512(row, bits) : _mm512_srli_epi32(bits, 16);
+      T* place = panels + long(d) * KEYS + p * PANEL;
+      for (int i = 0; i < E::STEP; i++) {
+        const T* row = p + i < valid ? values + long(p + i) * dim + d : nothing;
+        for (int column = 0; column < PANEL; column++) place[column * E::STEP + i] = row[column];
       }
-      _mm512_storeu_si512(panels + long(d) * KEYS + p * PANEL, row);
     }
 }
 
@@ -230,33 +201,28 @@ struct Scratch {
 template <class E>
 void weigh_scores(float* scores, int seen, float scale, float* most, float* sum, float* out,
                   int dim, typename E::T* weights) {
-  const V scales = _mm512_set1_ps(scale);
-  V high = _mm512_set1_ps(*most);
+  V high = all(*most);
   for (int p = 0; p < seen; p += PANEL) {
-    const V s = _mm512_mul_ps(_mm512_loadu_ps(scores + p), scales);
-    _mm512_storeu_ps(scores + p, s);
-    high = _mm512_mask_max_ps(high, first_lanes(seen - p), high, s);
+    const V s = load(scores + p) * all(scale);
+    store(scores + p, s);
+    high = larger(high, first(seen - p, s, high));
   }
-  const float now = _mm512_reduce_max_ps(high);
-  const V shift = _mm512_set1_ps(now);
+  const float now = largest(high);
+  const V shift = all(now);
   V total = zero();
   for (int p = 0; p < KEYS; p += PANEL) {
     V e = zero();
-    if (p < seen)
-      e = _mm512_maskz_mov_ps(first_lanes(seen - p),
-                              exp(_mm512_sub_ps(_mm512_loadu_ps(scores + p), shift)));
+    if (p < seen) e = first(seen - p, exp(load(scores + p) - shift), zero());
     E::narrow(weights + p, e);
-    total = _mm512_add_ps(total, e);
+    total = total + e;
   }
   if (now > *most) {
     const float before = *most == -INFINITY ? 0.0f : std::exp(*most - now);
     *sum *= before;
-    const V factor = _mm512_set1_ps(before);
-    for (int d = 0; d < dim; d += PANEL)
-      _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_loadu_ps(out + d), factor));
+    for (int d = 0; d < dim; d += PANEL) store(out + d, load(out + d) * all(before));
     *most = now;
   }
-  *sum += _mm512_reduce_add_ps(total);
+  *sum += lorax::sum(total);
 }
 
 // Up to QUERY_ROWS rows of a prompt and one kv head, for all query heads of the group.
@@ -303,17 +269,16 @@ void attend_prompt(const typename E::T* q, long q_width, const typename E::T* ke
         for (int i = 0; i < tall; i++)
           for (int half = 0; half < (whole ? 2 : 1); half++) {
             float* o = s.out + long(m + i) * dim + d + half * PANEL;
-            _mm512_storeu_ps(o, _mm512_add_ps(_mm512_loadu_ps(o),
-                                              _mm512_loadu_ps(c + i * PAIR + half * PANEL)));
+            store(o, load(o) + load(c + i * PAIR + half * PANEL));
           }
       }
     }
   }
   for (int m = 0; m < count; m++) {
-    const V norm = _mm512_set1_ps(1.0f / s.sum[m]);
+    const V norm = all(1.0f / s.sum[m]);
     typename E::T* row = out + (m / group) * out_width + (m % group) * dim;
     for (int d = 0; d < dim; d += PANEL)
-      E::narrow(row + d, _mm512_mul_ps(_mm512_loadu_ps(s.out + long(m) * dim + d), norm));
+      E::narrow(row + d, load(s.out + long(m) * dim + d) * norm);
   }
 }
 

@@ -1,6 +1,7 @@
 """Compiles the kernels with the machine's C++ compiler and keeps the library in the cache.
 
-``python -m lorax_serve.kernels.build`` does it ahead of time, in an image for example.
+``python -m lorax_serve.kernels.build`` does it ahead of time, in an image for example, for every
+instruction set or for those named.
 """
 
 from __future__ import annotations
@@ -10,20 +11,28 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from lorax_serve.errors import LoraxError
 
-__all__ = ["KernelsUnavailable", "cpu_lacks", "library"]
+__all__ = ["INSTRUCTION_SETS", "KernelsUnavailable", "cpu_lacks", "instruction_sets", "library"]
 
-_SOURCES = ("kernels.cpp", "attention.h", "linear.h", "sampling.h", "vec.h")
-# Named one by one, not -march=native: a library built on one machine runs on every machine that
-# has these, whatever else the two have.
-_CPU_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma")
+INSTRUCTION_SETS = {
+    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"),
+    "avx2": ("avx2", "fma"),
+}
+"""The fastest first, with the CPU flags that each needs. They are named one by one, not by
+-march=native: a library built on one machine runs on every machine that has these, whatever else
+the two have."""
+
+_SOURCES = (
+    *("kernels.cpp", "attention.h", "linear.h", "sampling.h"),
+    *("vec.h", "avx512.h", "avx2.h"),
+)
 _COMPILER_FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp"),
-    *(f"-m{flag.replace('_', '')}" for flag in _CPU_FLAGS),
     # The compiler's own intrinsics start from registers of undefined content.
     *("-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
@@ -34,34 +43,47 @@ class KernelsUnavailable(LoraxError):
     """The kernels cannot be used here; says why. The torch path computes the same."""
 
 
-def library() -> Path:
+def library(instruction_set: str | None = None) -> Path:
     """The compiled library, built now if this version of the sources never was.
 
+    Args:
+        instruction_set: one of ``INSTRUCTION_SETS``; None is the fastest that this CPU has.
+
     Raises:
-        KernelsUnavailable: no x86 CPU with AVX-512 and bfloat16, no compiler, or it failed.
+        KernelsUnavailable: not an x86 CPU with AVX2, no compiler, or it failed.
     """
-    lacking = cpu_lacks()
-    if lacking:
-        raise KernelsUnavailable(f"the CPU has no {', '.join(lacking)}")
+    if instruction_set is None:
+        available = instruction_sets()
+        if not available:
+            raise KernelsUnavailable(f"the CPU has no {', '.join(cpu_lacks('avx2'))}")
+        instruction_set = available[0]
     folder = Path(__file__).parent
     sources = b"".join((folder / name).read_bytes() for name in _SOURCES)
-    key = hashlib.sha256(sources + " ".join(_COMPILER_FLAGS).encode()).hexdigest()[:16]
-    place = _cache() / f"cpu-{key}.so"
+    needs = (f"-m{flag.replace('_', '')}" for flag in INSTRUCTION_SETS[instruction_set])
+    flags = (*_COMPILER_FLAGS, *needs)
+    key = hashlib.sha256(sources + " ".join(flags).encode()).hexdigest()[:16]
+    place = _cache() / f"{instruction_set}-{key}.so"
     if not place.exists():
-        _compile(folder / "kernels.cpp", place)
+        _compile(folder / "kernels.cpp", flags, place)
     return place
 
 
-def cpu_lacks() -> list[str]:
-    """The CPU's missing instruction sets; empty if the kernels can run."""
+def instruction_sets() -> list[str]:
+    """The instruction sets that this CPU has, the fastest first; empty if there is none."""
+    return [name for name in INSTRUCTION_SETS if not cpu_lacks(name)]
+
+
+def cpu_lacks(instruction_set: str) -> list[str]:
+    """The CPU flags that are missing for an instruction set."""
+    needs = INSTRUCTION_SETS[instruction_set]
     if platform.machine() != "x86_64":
-        return list(_CPU_FLAGS)
+        return list(needs)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return list(_CPU_FLAGS)
+        return list(needs)
     flags = next((line for line in lines if line.startswith("flags")), "").split()
-    return [flag for flag in _CPU_FLAGS if flag not in flags]
+    return [flag for flag in needs if flag not in flags]
 
 
 def _cache() -> Path:
@@ -70,7 +92,7 @@ def _cache() -> Path:
     return Path(root) / "kernels"
 
 
-def _compile(source: Path, place: Path) -> None:
+def _compile(source: Path, flags: tuple[str, ...], place: Path) -> None:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise KernelsUnavailable("there is no C++ compiler (g++, clang++, or $CXX)")
@@ -78,7 +100,7 @@ def _compile(source: Path, place: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
             built = Path(scratch) / place.name
-            command = [compiler, *_COMPILER_FLAGS, str(source), "-o", str(built)]
+            command = [compiler, *flags, str(source), "-o", str(built)]
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, timeout=_COMPILE_SECONDS
             )
@@ -92,4 +114,5 @@ def _compile(source: Path, place: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(library())
+    for name in sys.argv[1:] or INSTRUCTION_SETS:
+        print(library(name))

@@ -326,15 +326,15 @@ class Kernels:
 
 
 @cache
-def load(dtype: torch.dtype) -> Kernels:
-    """The kernels for weights of ``dtype``.
+def load(dtype: torch.dtype, instruction_set: str | None = None) -> Kernels:
+    """The kernels for weights of ``dtype``; ``instruction_set`` as for ``build.library``.
 
     Raises:
         KernelsUnavailable: they cannot be built or run here, or not for this dtype.
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise build.KernelsUnavailable(f"there are none for {dtype}")
-    return Kernels(str(build.library()), dtype)
+    return Kernels(str(build.library(instruction_set)), dtype)
 
 
 def address(structure: ctypes.Structure) -> int:

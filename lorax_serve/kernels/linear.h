@@ -18,7 +18,6 @@ namespace lorax {
 
 constexpr int PANEL = 16;
 constexpr int PAIR = 2 * PANEL;     // columns computed together
-constexpr int TILE = 8;             // rows of x a tile keeps in registers: 8 x 2 accumulators
 constexpr int BLOCK = 256;          // rows of x that one reading of the weights serves
 constexpr int AHEAD = 2048;         // bytes that LoRA's streams are fetched ahead
 
@@ -63,22 +62,29 @@ struct Lora {
 template <class E, int M>
 inline void tile(const typename E::T* x, long ldx, const typename E::T* panel0,
                  const typename E::T* panel1, int steps, const char* ahead, int stride, float* c) {
-  V acc[M][2];
-  for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = zero();
-  for (int k = 0; k < steps; k++) {
-    if (stride > 0) _mm_prefetch(ahead + long(k) * stride, _MM_HINT_T1);
-    if (stride > 64) _mm_prefetch(ahead + long(k) * stride + 64, _MM_HINT_T1);
-    const auto w0 = E::load(panel0 + k * PANEL * E::STEP);
-    const auto w1 = E::load(panel1 + k * PANEL * E::STEP);
-    for (int m = 0; m < M; m++) {
-      const auto a = E::broadcast(x + m * ldx + k * E::STEP);
-      acc[m][0] = E::multiply(acc[m][0], a, w0);
-      acc[m][1] = E::multiply(acc[m][1], a, w1);
+  constexpr int P = TILE_PANELS;
+  const typename E::T* const panels[2] = {panel0, panel1};
+  for (int first = 0; first < 2; first += P) {
+    V acc[M][P];
+    for (int m = 0; m < M; m++)
+      for (int p = 0; p < P; p++) acc[m][p] = zero();
+    for (int k = 0; k < steps; k++) {
+      if (!first && stride > 0) _mm_prefetch(ahead + long(k) * stride, _MM_HINT_T1);
+      if (!first && stride > 64) _mm_prefetch(ahead + long(k) * stride + 64, _MM_HINT_T1);
+#pragma GCC unroll 2
+      for (int i = 0; i < E::PARTS; i++) {
+        using Part = decltype(E::part(E::load(panel0), i));
+        Part w[P];
+        for (int p = 0; p < P; p++)
+          w[p] = E::part(E::load(panels[first + p] + k * PANEL * E::STEP), i);
+        for (int m = 0; m < M; m++) {
+          const Part a = E::part(E::spread(x + m * ldx + k * E::STEP), i);
+          for (int p = 0; p < P; p++) acc[m][p] = E::multiply_part(acc[m][p], a, w[p]);
+        }
+      }
     }
-  }
-  for (int m = 0; m < M; m++) {
-    _mm512_storeu_ps(c + m * PAIR, acc[m][0]);
-    _mm512_storeu_ps(c + m * PAIR + PANEL, acc[m][1]);
+    for (int m = 0; m < M; m++)
+      for (int p = 0; p < P; p++) store(c + m * PAIR + (first + p) * PANEL, acc[m][p]);
   }
 }
 
@@ -87,8 +93,8 @@ inline void tile_of(int m, const typename E::T* x, long ldx, const typename E::T
                     const typename E::T* panel1, int steps, const char* ahead, int stride,
                     float* c) {
   switch (m) {
-    case 8: return tile<E, 8>(x, ldx, panel0, panel1, steps, ahead, stride, c);
-    case 7: return tile<E, 7>(x, ldx, panel0, panel1, steps, ahead, stride, c);
+    case 8: if constexpr (TILE >= 8) return tile<E, 8>(x, ldx, panel0, panel1, steps, ahead, stride, c);
+    case 7: if constexpr (TILE >= 7) return tile<E, 7>(x, ldx, panel0, panel1, steps, ahead, stride, c);
     case 6: return tile<E, 6>(x, ldx, panel0, panel1, steps, ahead, stride, c);
     case 5: return tile<E, 5>(x, ldx, panel0, panel1, steps, ahead, stride, c);
     case 4: return tile<E, 4>(x, ldx, panel0, panel1, steps, ahead, stride, c);
@@ -101,19 +107,19 @@ inline void tile_of(int m, const typename E::T* x, long ldx, const typename E::T
 // One row of h by one panel of B, added to c[16].
 template <class E>
 inline void expand_row(const typename E::T* h, const typename E::T* panel, int steps, float* c) {
-  V even = _mm512_loadu_ps(c), odd = zero();
+  V even = load(c), odd = zero();
   int k = 0;
   // The next pair's panel of the same part.
   const char* next = (const char*)(panel + 2 * steps * PANEL * E::STEP);
   for (int line = 0; line < steps; line++) _mm_prefetch(next + 64 * line, _MM_HINT_T0);
   for (; k + 1 < steps; k += 2) {
-    even = E::multiply(even, E::broadcast(h + k * E::STEP), E::load(panel + k * PANEL * E::STEP));
-    odd = E::multiply(odd, E::broadcast(h + (k + 1) * E::STEP),
+    even = E::multiply(even, E::spread(h + k * E::STEP), E::load(panel + k * PANEL * E::STEP));
+    odd = E::multiply(odd, E::spread(h + (k + 1) * E::STEP),
                       E::load(panel + (k + 1) * PANEL * E::STEP));
   }
   if (k < steps)
-    even = E::multiply(even, E::broadcast(h + k * E::STEP), E::load(panel + k * PANEL * E::STEP));
-  _mm512_storeu_ps(c, _mm512_add_ps(even, odd));
+    even = E::multiply(even, E::spread(h + k * E::STEP), E::load(panel + k * PANEL * E::STEP));
+  store(c, even + odd);
 }
 
 // Four rows of h by one panel of B, each added to its c[16].
@@ -121,13 +127,13 @@ template <class E>
 inline void expand_four(const typename E::T* const h[4], const typename E::T* panel, int steps,
                         float* const c[4]) {
   V acc[4];
-  for (int i = 0; i < 4; i++) acc[i] = _mm512_loadu_ps(c[i]);
+  for (int i = 0; i < 4; i++) acc[i] = load(c[i]);
   for (int k = 0; k < steps; k++) {
     const auto b = E::load(panel + k * PANEL * E::STEP);
     for (int i = 0; i < 4; i++)
-      acc[i] = E::multiply(acc[i], E::broadcast(h[i] + k * E::STEP), b);
+      acc[i] = E::multiply(acc[i], E::spread(h[i] + k * E::STEP), b);
   }
-  for (int i = 0; i < 4; i++) _mm512_storeu_ps(c[i], acc[i]);
+  for (int i = 0; i < 4; i++) store(c[i], acc[i]);
 }
 
 // Adds the LoRA of rows [first, last) in one panel to c[row - first][stride].
@@ -178,7 +184,7 @@ inline void dots_streaming(const typename E::T* const* x, const typename E::T* a
       const auto w = E::load(a + k);
       for (int r = 0; r < R; r++) acc[r][i] = E::multiply(acc[r][i], E::load(x[r] + k), w);
     }
-  for (int r = 0; r < R; r++) _mm256_storeu_ps(out[r], sum_lanes(acc[r]));
+  for (int r = 0; r < R; r++) sums(acc[r], out[r]);
 }
 
 // The same with every element of A and x loaded once for 8 x R products.
@@ -196,7 +202,7 @@ inline void dots_blocked(const typename E::T* const* x, const typename E::T* a, 
       for (int r = 0; r < R; r++) acc[r][i] = E::multiply(acc[r][i], xs[r], w);
     }
   }
-  for (int r = 0; r < R; r++) _mm256_storeu_ps(out[r], sum_lanes(acc[r]));
+  for (int r = 0; r < R; r++) sums(acc[r], out[r]);
 }
 
 // h of rows [first_row, last_row) of a segment and of up to 8 ranks of one part.
@@ -204,7 +210,7 @@ template <class E>
 void shrink_block(const typename E::T* x, int in, const Segment& segment, int first_row,
                   int last_row, const typename E::T* a, int ranks, typename E::T* h,
                   int h_width) {
-  const bool streaming = last_row - first_row <= 2 || ranks < 8;
+  const bool streaming = !MANY_REGISTERS || last_row - first_row <= 2 || ranks < 8;
   for (int r = first_row; r < last_row; r += 2) {
     const int rows = std::min(2, last_row - r);
     const typename E::T* xs[2] = {x + long(segment.rows[r]) * in,
@@ -258,42 +264,39 @@ void rms_norm_row(const typename E::T* x, const typename E::T* weight, float eps
   V squares = zero();
   for (int i = 0; i < n; i += PANEL) {
     const V v = E::widen(x + i);
-    squares = _mm512_fmadd_ps(v, v, squares);
+    squares = fma(v, v, squares);
   }
-  const V scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / n + eps));
+  const V scale = all(1.0f / std::sqrt(sum(squares) / n + eps));
   for (int i = 0; i < n; i += PANEL)
-    E::narrow(y + i, _mm512_mul_ps(_mm512_mul_ps(E::widen(x + i), scale), E::widen(weight + i)));
+    E::narrow(y + i, E::widen(x + i) * scale * E::widen(weight + i));
 }
 
 // Writes rows [first, last) of two panels from c to y.
 template <class E>
-void store(const Linear& w, Store mode, int panel, bool whole, const float* c, int first, int last,
+void put(const Linear& w, Store mode, int panel, bool whole, const float* c, int first, int last,
            void* y) {
   using T = typename E::T;
   const int width = mode == GATED ? w.out / 2 : w.out;
   for (int half = 0; half < (whole ? 2 : 1); half++) {
     const int column = (panel + half) * PANEL;
-    const V bias = w.bias ? _mm512_loadu_ps(w.bias + column) : zero();
+    const V bias = w.bias ? load(w.bias + column) : zero();
     if (mode == GATED) {
-      const V up_bias = w.bias ? _mm512_loadu_ps(w.bias + column + PANEL) : zero();
+      const V up_bias = w.bias ? load(w.bias + column + PANEL) : zero();
       for (int r = first; r < last; r++) {
         const float* row = c + long(r - first) * PAIR;
-        const V gate = _mm512_add_ps(_mm512_loadu_ps(row), bias);
-        const V up = _mm512_add_ps(_mm512_loadu_ps(row + PANEL), up_bias);
-        const V one = _mm512_set1_ps(1.0f);
-        const V sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, exp(_mm512_sub_ps(zero(), gate))));
-        E::narrow((T*)y + long(r) * width + column / 2,
-                  _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid), up));
+        const V gate = load(row) + bias, up = load(row + PANEL) + up_bias;
+        const V sigmoid = all(1.0f) / (all(1.0f) + exp(zero() - gate));
+        E::narrow((T*)y + long(r) * width + column / 2, gate * sigmoid * up);
       }
       return;
     }
     for (int r = first; r < last; r++) {
-      V v = _mm512_add_ps(_mm512_loadu_ps(c + long(r - first) * PAIR + half * PANEL), bias);
+      V v = load(c + long(r - first) * PAIR + half * PANEL) + bias;
       const long at = long(r) * width + column;
       if (mode == WRITE_FLOAT) {
-        _mm512_storeu_ps((float*)y + at, v);
+        store((float*)y + at, v);
       } else {
-        if (mode == ADD) v = _mm512_add_ps(v, E::widen((T*)y + at));
+        if (mode == ADD) v = v + E::widen((T*)y + at);
         E::narrow((T*)y + at, v);
       }
     }
@@ -343,7 +346,7 @@ void linear(const Linear& w, Store mode, const typename E::T* x, int rows, void*
         expand<E>(*lora, site, panel, first, last, c);
         if (whole) expand<E>(*lora, site, panel + 1, first, last, c + PANEL);
       }
-      store<E>(w, mode, panel, whole, c, first, last, y);
+      put<E>(w, mode, panel, whole, c, first, last, y);
     }
   }
 }

@@ -15,9 +15,7 @@ from lorax_serve.kernels.cpu import (
     PackedLinear,
     load,
 )
-from tests.helpers import needs_kernels
-
-pytestmark = needs_kernels
+from tests.helpers import each_instruction_set, needs_kernels
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -43,10 +41,11 @@ def reference(
     return out
 
 
+@each_instruction_set
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", [WRITE, ADD, GATED, WRITE_FLOAT])
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 31, 255, 256, 257, 600])
-def test_equals_torch(rows: int, mode: int, dtype: torch.dtype) -> None:
+def test_equals_torch(rows: int, mode: int, dtype: torch.dtype, instruction_set: str) -> None:
     generator = torch.Generator().manual_seed(rows)
     # 7 panels: an odd number, so that one has no partner; a gated linear has an even number.
     in_features, out_features = 96, 128 if mode == GATED else 112
@@ -66,12 +65,14 @@ def test_equals_torch(rows: int, mode: int, dtype: torch.dtype) -> None:
         y.copy_(random(rows, packed.columns))
     want = reference(x, weight, bias, norm, mode, y)
     normed = torch.empty_like(x)
-    load(dtype).linear(packed, mode, x.data_ptr(), rows, y.data_ptr(), normed=normed.data_ptr())
+    kernels = load(dtype, instruction_set)
+    kernels.linear(packed, mode, x.data_ptr(), rows, y.data_ptr(), normed=normed.data_ptr())
     error = (y.double() - want).abs().max() / want.abs().max()
     assert error < TOLERANCE[dtype]
     assert bool(room[rows].isnan().all())
 
 
+@needs_kernels
 def test_one_openmp_runtime_serves_torch_and_the_kernels() -> None:
     """Two would be two pools of threads that spin against each other."""
     load(torch.float32)

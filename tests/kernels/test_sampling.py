@@ -9,14 +9,16 @@ import torch
 
 from lorax_serve.kernels.cpu import load
 from lorax_serve.model.sampler import draw, kept_by_filters, uniform
-from tests.helpers import needs_kernels
+from tests.helpers import each_instruction_set
 
-pytestmark = needs_kernels
+pytestmark = each_instruction_set
 
 
 @pytest.mark.parametrize("vocab", [16, 60, 512, 1000, 49152])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 6.0], ids=["flat", "usual", "peaked"])
-def test_draws_what_the_torch_sampler_draws(vocab: int, spread: float) -> None:
+def test_draws_what_the_torch_sampler_draws(
+    vocab: int, spread: float, instruction_set: str
+) -> None:
     rows = 64
     generator = torch.Generator().manual_seed(vocab)
     logits = spread * torch.randn(rows, vocab, generator=generator)
@@ -29,7 +31,7 @@ def test_draws_what_the_torch_sampler_draws(vocab: int, spread: float) -> None:
     def pick(values: list[float]) -> list[float]:
         return [values[row] for row in order]
 
-    got = load(torch.float32).draw(
+    got = load(torch.float32, instruction_set).draw(
         logits,
         order,
         pick(temperature),
@@ -52,23 +54,26 @@ def test_draws_what_the_torch_sampler_draws(vocab: int, spread: float) -> None:
         assert kept[token] or top_p[row] == 1
 
 
-def test_a_banned_token_is_never_drawn() -> None:
+def test_a_banned_token_is_never_drawn(instruction_set: str) -> None:
     logits = torch.zeros(1, 100)
     logits[0, 10:] = -torch.inf
     seen = Counter(
-        load(torch.float32).draw(logits, [0], [1.0], [1.0], [seed], [0])[0] for seed in range(400)
+        load(torch.float32, instruction_set).draw(logits, [0], [1.0], [1.0], [seed], [0])[0]
+        for seed in range(400)
     )
     assert set(seen) == set(range(10))
 
 
-def test_most_probable_is_the_first_largest_and_finds_what_is_not_finite() -> None:
+def test_most_probable_is_the_first_largest_and_finds_what_is_not_finite(
+    instruction_set: str,
+) -> None:
     logits = torch.randn(6, 1003, generator=torch.Generator().manual_seed(1))
     logits[1, 1002] = 50.0
     logits[2, [7, 900]] = 60.0
     logits[3, 1002] = torch.nan
     logits[4, 5] = torch.inf
     logits[5, 17] = -torch.inf
-    got = load(torch.float32).most_probable(logits)
+    got = load(torch.float32, instruction_set).most_probable(logits)
     assert got[:3] == logits[:3].argmax(dim=-1).tolist()
     assert got[2] == 7
     assert got[3:] == [-1, -1, -1]
