@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "vec.h"
 
@@ -57,8 +58,29 @@ struct Lora {
   void* h;              // [rows, h_width]
 };
 
-// M rows of x by two panels into c[M][PAIR]. On the way, `stride` bytes a step from `ahead` on are
-// fetched into the L2 cache: with few rows, the pass would otherwise wait for memory.
+// Adds the products of M rows of x and P panels to acc, of every step its parts [FROM, TO). On the
+// way, `stride` bytes a step from `ahead` on are fetched into the L2 cache: with few rows, the pass
+// would otherwise wait for memory.
+template <class E, int FROM, int TO, int M, int P>
+__attribute__((always_inline)) inline void products(const typename E::T* x, long ldx,
+                                                    const typename E::T* const* panels, int steps,
+                                                    const char* ahead, int stride, V (&acc)[M][P]) {
+  for (int k = 0; k < steps; k++) {
+    if (stride > 0) _mm_prefetch(ahead + long(k) * stride, _MM_HINT_T1);
+    if (stride > 64) _mm_prefetch(ahead + long(k) * stride + 64, _MM_HINT_T1);
+#pragma GCC unroll 2
+    for (int part = FROM; part < TO; part++) {
+      decltype(E::part(E::load(x), part)) w[P];
+      for (int p = 0; p < P; p++) w[p] = E::part(E::load(panels[p] + k * PANEL * E::STEP), part);
+      for (int m = 0; m < M; m++) {
+        const auto a = E::part(E::spread(x + m * ldx + k * E::STEP), part);
+        for (int p = 0; p < P; p++) acc[m][p] = E::multiply_part(acc[m][p], a, w[p]);
+      }
+    }
+  }
+}
+
+// M rows of x by two panels into c[M][PAIR]; `ahead` and `stride` as for `products`.
 template <class E, int M>
 inline void tile(const typename E::T* x, long ldx, const typename E::T* panel0,
                  const typename E::T* panel1, int steps, const char* ahead, int stride, float* c) {
@@ -68,20 +90,12 @@ inline void tile(const typename E::T* x, long ldx, const typename E::T* panel0,
     V acc[M][P];
     for (int m = 0; m < M; m++)
       for (int p = 0; p < P; p++) acc[m][p] = zero();
-    for (int k = 0; k < steps; k++) {
-      if (!first && stride > 0) _mm_prefetch(ahead + long(k) * stride, _MM_HINT_T1);
-      if (!first && stride > 64) _mm_prefetch(ahead + long(k) * stride + 64, _MM_HINT_T1);
-#pragma GCC unroll 2
-      for (int i = 0; i < E::PARTS; i++) {
-        using Part = decltype(E::part(E::load(panel0), i));
-        Part w[P];
-        for (int p = 0; p < P; p++)
-          w[p] = E::part(E::load(panels[first + p] + k * PANEL * E::STEP), i);
-        for (int m = 0; m < M; m++) {
-          const Part a = E::part(E::spread(x + m * ldx + k * E::STEP), i);
-          for (int p = 0; p < P; p++) acc[m][p] = E::multiply_part(acc[m][p], a, w[p]);
-        }
-      }
+    const int fetched = first ? 0 : stride;
+    if constexpr (E::PARTS == 1 || M <= 3) {
+      products<E, 0, E::PARTS>(x, ldx, panels + first, steps, ahead, fetched, acc);
+    } else {  // the sums need all registers: one part after the other
+      products<E, 0, 1>(x, ldx, panels + first, steps, ahead, fetched, acc);
+      products<E, 1, 2>(x, ldx, panels + first, steps, ahead, 0, acc);
     }
     for (int m = 0; m < M; m++)
       for (int p = 0; p < P; p++) store(c + m * PAIR + (first + p) * PANEL, acc[m][p]);
