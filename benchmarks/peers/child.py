@@ -57,12 +57,13 @@ class Child:
         )
         self._signal(signal.SIGSTOP)
 
-    def prepare(self, model: Path, adapters: Mapping[str, Path], batch: int) -> float:
+    def prepare(
+        self, model: Path, adapters: Mapping[str, Path], batch: int, dtype: str
+    ) -> float:
         """Make it ready for these adapters and so many requests at once; returns the seconds."""
         paths = {name: str(path) for name, path in adapters.items()}
-        answer = self._ask(
-            {"do": "prepare", "model": str(model), "adapters": paths, "batch": batch}
-        )
+        settings = {"model": str(model), "adapters": paths, "batch": batch, "dtype": dtype}
+        answer = self._ask({"do": "prepare", **settings})
         return float(answer["seconds"])
 
     def run(self, requests: Sequence[Request]) -> float:

@@ -21,9 +21,9 @@ class Ours:
         self._loop = asyncio.Runner()
         self._engine: OfflineEngine | None = None
 
-    def prepare(self, model: str, adapters: dict[str, str], batch: int) -> None:
+    def prepare(self, model: str, adapters: dict[str, str], batch: int, dtype: str) -> None:
         self.close()
-        config = EngineConfig(model=model, max_batch_size=max(32, batch))
+        config = EngineConfig(model=model, dtype=dtype, max_batch_size=max(32, batch))
         paths = {name: Path(path) for name, path in adapters.items()}
         self._engine = self._loop.run(OfflineEngine.start(config, paths))
 

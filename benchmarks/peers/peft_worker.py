@@ -1,7 +1,7 @@
 """transformers + PEFT as a worker: one ``generate`` a batch, adapters mixed by ``adapter_names``.
 
-Attention is SDPA; adapters stay in bfloat16 as the model (PEFT's default would compute them in
-float32); without adapters it is plain transformers.
+Attention is SDPA; adapters have the model's dtype (PEFT's default would compute them in float32);
+without adapters it is plain transformers.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Peft:
         self._model: Any = None
         self._has_adapters = False
 
-    def prepare(self, model: str, adapters: dict[str, str], batch: int) -> None:
+    def prepare(self, model: str, adapters: dict[str, str], batch: int, dtype: str) -> None:
         from peft import PeftModel
 
         self.close()
         base = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.bfloat16, attn_implementation="sdpa"
+            model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
         base.generation_config.eos_token_id = None
         self._model = base
@@ -39,7 +39,7 @@ class Peft:
             else:
                 self._model = PeftModel.from_pretrained(base, path, **keep)
                 self._has_adapters = True
-        self._model.eval()
+        self._model.to(getattr(torch, dtype)).eval()
 
     @torch.inference_mode()
     def run(self, requests: Requests) -> list[int]:

@@ -23,7 +23,7 @@ class Vllm:
         self._llm: Any = None
         self._adapters: dict[str, Any] = {}
 
-    def prepare(self, model: str, adapters: dict[str, str], batch: int) -> None:
+    def prepare(self, model: str, adapters: dict[str, str], batch: int, dtype: str) -> None:
         from vllm import LLM  # type: ignore[import-not-found]
         from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
@@ -32,7 +32,7 @@ class Vllm:
         lora = {"max_loras": count, "max_cpu_loras": count, "max_lora_rank": _MAX_RANK}
         self._llm = LLM(
             model=model,
-            dtype="bfloat16",
+            dtype=dtype,
             max_model_len=2048,
             max_num_seqs=batch,
             enable_lora=bool(adapters),

@@ -1,7 +1,7 @@
 """A system in a process of its own, driven by lines of JSON. Standard library only.
 
-Commands come on stdin, one answer to each goes to stdout: ``prepare`` (model, adapters, batch),
-``run`` (requests), ``quit``. What libraries print goes to stderr instead.
+Commands come on stdin, one answer to each goes to stdout: ``prepare`` (model, adapters, batch,
+dtype), ``run`` (requests), ``quit``. What libraries print goes to stderr instead.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ class Backend(Protocol):
     def packages(self) -> tuple[str, ...]:
         """Whose versions the result names."""
 
-    def prepare(self, model: str, adapters: dict[str, str], batch: int) -> None:
-        """Forget what was there; be ready for that many requests at once with these adapters."""
+    def prepare(self, model: str, adapters: dict[str, str], batch: int, dtype: str) -> None:
+        """Forget what was there; be ready for that many requests at once with these adapters.
+
+        ``dtype`` is "bfloat16" or "float32".
+        """
 
     def run(self, requests: Requests) -> list[int]:
         """Answer all requests; returns the numbers of generated tokens."""

@@ -175,7 +175,8 @@ void pack_values(const typename E::T* values, int dim, int valid, typename E::T*
 template <class E>
 struct Scratch {
   float *scores, *out, *most, *sum;
-  typename E::T *queries, *keys, *values, *weights;
+  typename E::T *keys, *values;
+  typename E::Row *queries, *weights;
   long ld;
 
   static long floats(int group, int dim, int max_length) {
@@ -189,18 +190,26 @@ struct Scratch {
     out = scores + group * ld;
     most = out + queries_count * dim;
     sum = most + queries_count;
-    queries = (typename E::T*)(sum + queries_count);
-    keys = queries + queries_count * dim;
+    queries = (typename E::Row*)(sum + queries_count);
+    keys = (typename E::T*)(queries + queries_count * dim);
     values = keys + long(KEYS) * dim;
-    weights = values + long(KEYS) * dim;
+    weights = (typename E::Row*)(values + long(KEYS) * dim);
   }
 };
+
+template <class E>
+inline void put_row(typename E::Row* row, V v) {
+  if constexpr (std::is_same_v<typename E::Row, float>)
+    store(row, v);
+  else
+    E::narrow(row, v);
+}
 
 // Softmax over what has been seen (Milakov and Gimelshein, arXiv:1805.02867): the scores of one
 // query become weights, and its earlier results are scaled to the new maximum.
 template <class E>
 void weigh_scores(float* scores, int seen, float scale, float* most, float* sum, float* out,
-                  int dim, typename E::T* weights) {
+                  int dim, typename E::Row* weights) {
   V high = all(*most);
   for (int p = 0; p < seen; p += PANEL) {
     const V s = load(scores + p) * all(scale);
@@ -213,7 +222,7 @@ void weigh_scores(float* scores, int seen, float scale, float* most, float* sum,
   for (int p = 0; p < KEYS; p += PANEL) {
     V e = zero();
     if (p < seen) e = first(seen - p, exp(load(scores + p) - shift), zero());
-    E::narrow(weights + p, e);
+    put_row<E>(weights + p, e);
     total = total + e;
   }
   if (now > *most) {
@@ -233,8 +242,7 @@ void attend_prompt(const typename E::T* q, long q_width, const typename E::T* ke
                    float scale, const Scratch<E>& s, typename E::T* out, long out_width) {
   const int count = rows * group, length = first + rows;
   for (int m = 0; m < count; m++)
-    std::memcpy(s.queries + long(m) * dim, q + (m / group) * q_width + (m % group) * dim,
-                dim * sizeof(typename E::T));
+    to_row<E>(q + (m / group) * q_width + (m % group) * dim, dim, s.queries + long(m) * dim);
   std::fill(s.out, s.out + long(count) * dim, 0.0f);
   std::fill(s.most, s.most + count, -INFINITY);
   std::fill(s.sum, s.sum + count, 0.0f);
@@ -259,7 +267,7 @@ void attend_prompt(const typename E::T* q, long q_width, const typename E::T* ke
           weigh_scores<E>(scores + i * KEYS, seen, scale, s.most + m + i, s.sum + m + i,
                           s.out + long(m + i) * dim, dim, s.weights + i * KEYS);
         else
-          std::fill(s.weights + i * KEYS, s.weights + (i + 1) * KEYS, typename E::T(0));
+          std::fill(s.weights + i * KEYS, s.weights + (i + 1) * KEYS, typename E::Row(0));
       }
       for (int d = 0; d < dim; d += PAIR) {
         const bool whole = d + PANEL < dim;

@@ -113,6 +113,8 @@ struct BF16 {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(r.lo, 16)),
             _mm256_castsi256_ps(_mm256_slli_epi32(r.hi, 16))};
   }
+  using Row = float;
+  static V spread_part(const Row* x, int odd) { return all(x[odd]); }
   static V multiply_part(V sum, V a, V b) { return fma(a, b, sum); }
   static V multiply(V sum, Reg a, Reg b) {
     return fma(part(a, 1), part(b, 1), fma(part(a, 0), part(b, 0), sum));

@@ -57,7 +57,9 @@ struct BF16 {
     return (Reg)_mm512_set1_epi32(pair);
   }
   static V multiply(V sum, Reg a, Reg b) { return _mm512_dpbf16_ps(sum, a, b); }
+  using Row = T;
   static Reg part(Reg r, int) { return r; }
+  static Reg spread_part(const Row* x, int) { return spread(x); }
   static V multiply_part(V sum, Reg a, Reg b) { return multiply(sum, a, b); }
   static V widen(const T* p) {
     const __m256i half = _mm256_loadu_si256((const __m256i*)p);

@@ -229,6 +229,9 @@ class Kernels:
         self._linear = lib[f"lorax_linear_{name}"]
         self._linear.argtypes = (p, i, p, i, p, p, i, p, i)
         self._linear.restype = None
+        self._linear_scratch = lib[f"lorax_linear_scratch_{name}"]
+        self._linear_scratch.argtypes = (i,)
+        self._linear_scratch.restype = c_int64
         self._attend = lib[f"lorax_attend_{name}"]
         self._attend.argtypes = (p, p, p, p, p, p, p, i)
         self._attend.restype = None
@@ -250,9 +253,9 @@ class Kernels:
         x: int,
         rows: int,
         y: int,
+        scratch: int,
         lora: int | None = None,
         site: int = 0,
-        normed: int | None = None,
     ) -> None:
         """``y = norm(x) @ W.T + LoRA + bias``; x ``[rows, in]``, y ``[rows, columns]``, addresses.
 
@@ -262,11 +265,16 @@ class Kernels:
             x: address of the input.
             rows: of x.
             y: address of the output.
+            scratch: address of ``linear_scratch`` bytes for each row.
             lora: address of a ``LoRAArgs``; None without LoRA.
             site: the linear's number among an adapter's sites.
-            normed: address of ``[rows, in]`` to work in, if the linear has a norm.
         """
-        self._linear(linear.args, mode, x, rows, y, lora, site, normed, self.threads)
+        self._linear(linear.args, mode, x, rows, y, lora, site, scratch, self.threads)
+
+    def linear_scratch(self, in_features: int) -> int:
+        """Bytes for each row that ``linear`` works in."""
+        nbytes: int = self._linear_scratch(in_features)
+        return nbytes
 
     def attend(
         self, attention: int, rows: int, qkv: int, keys: int, values: int, out: int, scratch: int

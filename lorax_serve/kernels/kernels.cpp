@@ -7,10 +7,11 @@ using namespace lorax;
 
 #define LORAX_OPS(NAME, E)                                                                        \
   void lorax_linear_##NAME(const Linear* w, int32_t mode, const void* x, int32_t rows, void* y,   \
-                           const Lora* lora, int32_t site, void* normed, int32_t threads) {       \
+                           const Lora* lora, int32_t site, void* scratch, int32_t threads) {      \
     _Pragma("omp parallel num_threads(threads)")                                                  \
-    linear<E>(*w, (Store)mode, (const E::T*)x, rows, y, lora, site, (E::T*)normed);               \
+    linear<E>(*w, (Store)mode, (const E::T*)x, rows, y, lora, site, scratch);                     \
   }                                                                                               \
+  int64_t lorax_linear_scratch_##NAME(int32_t in) { return linear_scratch<E>(in); }               \
   void lorax_attend_##NAME(const Attention* a, const Rows* rows, void* qkv, void* keys,           \
                            void* values, void* out, float* scratch, int32_t threads) {            \
     _Pragma("omp parallel num_threads(threads)")                                                  \

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -62,7 +63,7 @@ struct Lora {
 // way, `stride` bytes a step from `ahead` on are fetched into the L2 cache: with few rows, the pass
 // would otherwise wait for memory.
 template <class E, int FROM, int TO, int M, int P>
-__attribute__((always_inline)) inline void products(const typename E::T* x, long ldx,
+__attribute__((always_inline)) inline void products(const typename E::Row* x, long ldx,
                                                     const typename E::T* const* panels, int steps,
                                                     const char* ahead, int stride, V (&acc)[M][P]) {
   for (int k = 0; k < steps; k++) {
@@ -70,10 +71,10 @@ __attribute__((always_inline)) inline void products(const typename E::T* x, long
     if (stride > 64) _mm_prefetch(ahead + long(k) * stride + 64, _MM_HINT_T1);
 #pragma GCC unroll 2
     for (int part = FROM; part < TO; part++) {
-      decltype(E::part(E::load(x), part)) w[P];
+      decltype(E::spread_part(x, part)) w[P];
       for (int p = 0; p < P; p++) w[p] = E::part(E::load(panels[p] + k * PANEL * E::STEP), part);
       for (int m = 0; m < M; m++) {
-        const auto a = E::part(E::spread(x + m * ldx + k * E::STEP), part);
+        const auto a = E::spread_part(x + m * ldx + k * E::STEP, part);
         for (int p = 0; p < P; p++) acc[m][p] = E::multiply_part(acc[m][p], a, w[p]);
       }
     }
@@ -82,7 +83,7 @@ __attribute__((always_inline)) inline void products(const typename E::T* x, long
 
 // M rows of x by two panels into c[M][PAIR]; `ahead` and `stride` as for `products`.
 template <class E, int M>
-inline void tile(const typename E::T* x, long ldx, const typename E::T* panel0,
+inline void tile(const typename E::Row* x, long ldx, const typename E::T* panel0,
                  const typename E::T* panel1, int steps, const char* ahead, int stride, float* c) {
   constexpr int P = TILE_PANELS;
   const typename E::T* const panels[2] = {panel0, panel1};
@@ -103,7 +104,7 @@ inline void tile(const typename E::T* x, long ldx, const typename E::T* panel0,
 }
 
 template <class E>
-inline void tile_of(int m, const typename E::T* x, long ldx, const typename E::T* panel0,
+inline void tile_of(int m, const typename E::Row* x, long ldx, const typename E::T* panel0,
                     const typename E::T* panel1, int steps, const char* ahead, int stride,
                     float* c) {
   switch (m) {
@@ -285,6 +286,22 @@ void rms_norm_row(const typename E::T* x, const typename E::T* weight, float eps
     E::narrow(y + i, E::widen(x + i) * scale * E::widen(weight + i));
 }
 
+// n elements as tiles take them.
+template <class E>
+inline void to_row(const typename E::T* x, int n, typename E::Row* row) {
+  if constexpr (std::is_same_v<typename E::Row, typename E::T>)
+    std::memcpy(row, x, n * sizeof(*row));
+  else
+    for (int i = 0; i < n; i += PANEL) store(row + i, E::widen(x + i));
+}
+
+// What a linear of `in` inputs works in, for each row of x.
+template <class E>
+constexpr long linear_scratch(int in) {
+  constexpr bool same = std::is_same_v<typename E::Row, typename E::T>;
+  return in * (sizeof(typename E::T) + (same ? 0 : sizeof(typename E::Row)));
+}
+
 // Writes rows [first, last) of two panels from c to y.
 template <class E>
 void put(const Linear& w, Store mode, int panel, bool whole, const float* c, int first, int last,
@@ -317,18 +334,27 @@ void put(const Linear& w, Store mode, int panel, bool whole, const float* c, int
   }
 }
 
-// The whole linear, run by every thread of a team. `normed` [rows, in] is used if there is a norm.
+// The whole linear, run by every thread of a team. scratch: linear_scratch(in) bytes a row.
 template <class E>
 void linear(const Linear& w, Store mode, const typename E::T* x, int rows, void* y,
-            const Lora* lora, int site, typename E::T* normed) {
+            const Lora* lora, int site, void* scratch) {
   using T = typename E::T;
+  using Row = typename E::Row;
+  constexpr bool same = std::is_same_v<Row, T>;
   const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-  if (w.norm) {
-    for (int r = thread; r < rows; r += threads)
-      rms_norm_row<E>(x + long(r) * w.in, (const T*)w.norm, w.eps, w.in, normed + long(r) * w.in);
-    x = normed;
+  T* normed = (T*)scratch;
+  Row* wide = (Row*)(normed + long(rows) * w.in);
+  const T* h = w.norm ? normed : x;
+  for (int r = thread; r < rows && (w.norm || !same); r += threads) {
+    const long at = long(r) * w.in;
+    if (w.norm) rms_norm_row<E>(x + at, (const T*)w.norm, w.eps, w.in, normed + at);
+    if constexpr (!same) to_row<E>(h + at, w.in, wide + at);
+  }
+  if (w.norm || !same) {
 #pragma omp barrier
   }
+  x = h;
+  if constexpr (same) wide = (Row*)x;
   if (lora) {
     shrink<E>(x, w.in, *lora, site, thread, threads);
 #pragma omp barrier
@@ -353,7 +379,7 @@ void linear(const Linear& w, Store mode, const typename E::T* x, int rows, void*
       for (int t = 0; t < tiles; t++) {  // tiles of nearly equal height
         const int begin = first + (last - first) * t / tiles;
         const int end = first + (last - first) * (t + 1) / tiles;
-        tile_of<E>(end - begin, x + long(begin) * w.in, w.in, panel0, panel1, steps,
+        tile_of<E>(end - begin, wide + long(begin) * w.in, w.in, panel0, panel1, steps,
                    next + long(t) * steps * stride, stride, c + long(begin - first) * PAIR);
       }
       if (lora) {

@@ -17,8 +17,9 @@
 //   E::T, E::STEP, E::DOT  element; elements of a step; elements of a Reg in a dot product
 //   E::load, E::spread     a Reg: 16 steps that follow each other; one step in all lanes
 //   E::multiply(s, a, b)   s + a * b, each lane over its step
-//   E::part(reg, i)        a step in E::PARTS pieces, for E::multiply_part: where multiply would
-//                          take several instructions, its pieces can be shared
+//   E::Row, E::PARTS       where multiply would take several instructions, tiles of several rows
+//                          share them: rows are of another element, and a step has several parts
+//   E::part(reg, i), E::spread_part(row, i), E::multiply_part(s, a, b)
 //   E::widen, E::narrow    16 elements to and from V, rounded to nearest even
 #pragma once
 #include <cstdint>
@@ -51,8 +52,10 @@ struct F32 {
   static Reg load(const T* p) { return lorax::load(p); }
   static Reg spread(const T* p) { return all(*p); }
   static V multiply(V sum, Reg a, Reg b) { return fma(a, b, sum); }
-  static Reg part(Reg r, int) { return r; }
-  static V multiply_part(V sum, Reg a, Reg b) { return fma(a, b, sum); }
+  using Row = float;
+  static V part(Reg r, int) { return r; }
+  static V spread_part(const Row* x, int) { return all(*x); }
+  static V multiply_part(V sum, V a, V b) { return fma(a, b, sum); }
   static V widen(const T* p) { return lorax::load(p); }
   static void narrow(T* p, V v) { store(p, v); }
   static float to_float(T v) { return v; }

@@ -66,14 +66,14 @@ class CompiledDecoder:
         head = F.pad(weights.head, (0, 0, 0, -spec.vocab_size % PANEL))
         self._head = PackedLinear.pack(head, None, arena, norm=weights.norm, eps=spec.norm_eps)
         group = spec.num_heads // spec.num_kv_heads
-        self._scratch = self.kernels.attend_scratch(group, spec.head_dim, max_length)
-        self._reserve(0)
+        self._attend_scratch = self.kernels.attend_scratch(group, spec.head_dim, max_length)
+        self._capacity = 0
+        self._reserve(1)
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """See ``Decoder.forward``."""
         rows = len(batch.token_ids)
-        if rows > self._capacity:
-            self._reserve(rows)
+        self._reserve(rows)
         x = F.embedding(batch.token_ids, self._embedding)
         prompts = [PromptArgs(prompt.start, prompt.end) for prompt in batch.prompts]
         row_args = RowsArgs(
@@ -88,14 +88,11 @@ class CompiledDecoder:
         lora = None if batch.lora is None else ctypes.addressof(batch.lora)
         linear, attend = self.kernels.linear, self.kernels.attend
         hidden, qkv, attended = x.data_ptr(), self._qkv.data_ptr(), self._attended.data_ptr()
-        gated, normed, scratch = (
-            self._gated.data_ptr(),
-            self._normed.data_ptr(),
-            self._scratch.data_ptr(),
-        )
+        gated, scratch = self._gated.data_ptr(), self._linear_scratch.data_ptr()
+        attend_scratch = self._attend_scratch.data_ptr()
         for index, layer in enumerate(self._layers):
             site = index * SITES_PER_LAYER
-            linear(layer.qkv, WRITE, hidden, rows, qkv, lora, site, normed)
+            linear(layer.qkv, WRITE, hidden, rows, qkv, scratch, lora, site)
             attend(
                 ctypes.addressof(layer.attention),
                 row_address,
@@ -103,17 +100,17 @@ class CompiledDecoder:
                 cache.key_addresses[index],
                 cache.value_addresses[index],
                 attended,
-                scratch,
+                attend_scratch,
             )
-            linear(layer.o, ADD, attended, rows, hidden, lora, site + 1)
-            linear(layer.gate_up, GATED, hidden, rows, gated, lora, site + 2, normed)
-            linear(layer.down, ADD, gated, rows, hidden, lora, site + 3)
+            linear(layer.o, ADD, attended, rows, hidden, scratch, lora, site + 1)
+            linear(layer.gate_up, GATED, hidden, rows, gated, scratch, lora, site + 2)
+            linear(layer.down, ADD, gated, rows, hidden, scratch, lora, site + 3)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See ``Decoder.logits``."""
         hidden = hidden.contiguous()
-        normed = torch.empty_like(hidden)
+        self._reserve(len(hidden))
         out = torch.empty(len(hidden), self._head.columns)
         self.kernels.linear(
             self._head,
@@ -121,18 +118,22 @@ class CompiledDecoder:
             hidden.data_ptr(),
             len(hidden),
             out.data_ptr(),
-            normed=normed.data_ptr(),
+            self._linear_scratch.data_ptr(),
         )
         return out[:, : self.spec.vocab_size].contiguous()
 
     def _reserve(self, rows: int) -> None:
         """Make room for the intermediate results of a step of ``rows`` rows."""
+        if rows <= self._capacity:
+            return
         spec, self._capacity = self.spec, rows
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
         self._qkv = torch.empty(rows, heads + 2 * kv_heads, spec.head_dim, dtype=self.dtype)
         self._attended = torch.empty(rows, heads, spec.head_dim, dtype=self.dtype)
         self._gated = torch.empty(rows, spec.intermediate_size, dtype=self.dtype)
-        self._normed = torch.empty(rows, spec.hidden_size, dtype=self.dtype)
+        most = max(spec.hidden_size, spec.intermediate_size, heads * spec.head_dim)
+        nbytes = self.kernels.linear_scratch(most)
+        self._linear_scratch = torch.empty(rows, nbytes, dtype=torch.uint8)
 
     def _pack(self, layer: LayerWeights, arena: Arena, max_length: int) -> _Layer:
         spec, eps = self.spec, self.spec.norm_eps

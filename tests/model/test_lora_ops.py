@@ -98,7 +98,9 @@ class CompiledSlots:
 
         def add(site: int, x: torch.Tensor, y: torch.Tensor) -> None:
             linear = self.linears[site]
-            kernels.linear(linear, ADD, x.data_ptr(), len(x), y.data_ptr(), lora, site)
+            scratch = torch.empty(len(x), kernels.linear_scratch(x.shape[1]), dtype=torch.uint8)
+            at = scratch.data_ptr()
+            kernels.linear(linear, ADD, x.data_ptr(), len(x), y.data_ptr(), at, lora, site)
 
         return add
 
