@@ -55,22 +55,44 @@ inline void rotate(typename E::T* v, int dim, const float* cos, const float* sin
   }
 }
 
-// scores[0..length) = scale * keys @ q; scores has room for a multiple of 16.
-template <class E>
-void score(const typename E::T* q, const typename E::T* keys, int dim, int length, float scale,
-           float* scores) {
+constexpr int MAX_DIM = 256;
+
+// scores[g][0..length) = scale * keys @ q[g] for G heads; a row of scores has room for a multiple
+// of 16. The values at the same positions are fetched meanwhile: they are read next.
+template <class E, int G>
+void score(const typename E::T* q, const typename E::T* keys, const typename E::T* values, int dim,
+           int length, float scale, float* scores, long ld) {
+  using Part = decltype(E::part(E::load(q), 0));
+  Part parts[MAX_DIM / E::DOT * E::PARTS][G];
+  const int blocks = dim / E::DOT;
+  for (int b = 0; b < blocks; b++)
+    for (int i = 0; i < E::PARTS; i++)
+      for (int g = 0; g < G; g++)
+        parts[b * E::PARTS + i][g] = E::part(E::load(q + g * dim + b * E::DOT), i);
+  V acc[G][8];
   for (int p = 0; p < length; p += 8) {
-    V acc[8];
-    // Reading past the end is within the row's own memory or repeats its last position.
     for (int i = 0; i < 8; i++) {
-      const typename E::T* key = keys + long(std::min(p + i, length - 1)) * dim;
-      acc[i] = zero();
-      for (int d = 0; d < dim; d += E::DOT)
-        acc[i] = E::multiply(acc[i], E::load(q + d), E::load(key + d));
+      // Past the end, the last position is repeated.
+      const long at = long(std::min(p + i, length - 1)) * dim;
+      for (int line = 0; line < dim; line += int(64 / sizeof(*keys)))
+        _mm_prefetch((const char*)(values + at + line), _MM_HINT_T1);
+      V dots[G];
+      for (int g = 0; g < G; g++) dots[g] = zero();
+      for (int b = 0; b < blocks; b++) {
+        const auto key = E::load(keys + at + b * E::DOT);
+        for (int j = 0; j < E::PARTS; j++) {
+          const Part part = E::part(key, j);
+          for (int g = 0; g < G; g++)
+            dots[g] = E::multiply_part(dots[g], parts[b * E::PARTS + j][g], part);
+        }
+      }
+      for (int g = 0; g < G; g++) acc[g][i] = dots[g];
     }
-    sums(acc, scores + p);
+    for (int g = 0; g < G; g++) sums(acc[g], scores + g * ld + p);
   }
-  for (int p = 0; p < length; p += PANEL) store(scores + p, load(scores + p) * all(scale));
+  for (int g = 0; g < G; g++)
+    for (int p = 0; p < length; p += PANEL)
+      store(scores + g * ld + p, load(scores + g * ld + p) * all(scale));
 }
 
 // In place; returns the reciprocal of the sum. scores has room for a multiple of 16.
@@ -123,11 +145,17 @@ template <class E>
 void attend_head(const typename E::T* q, const typename E::T* keys, const typename E::T* values,
                  int group, int dim, int length, float scale, float* scratch, long ld,
                  typename E::T* out) {
+  using T = typename E::T;
   float norms[64];
-  for (int g = 0; g < group; g++) {
-    score<E>(q + g * dim, keys, dim, length, scale, scratch + g * ld);
-    norms[g] = exponentials(scratch + g * ld, length);
-  }
+  int done = 0;
+  for (; done + 4 <= group; done += 4)
+    score<E, 4>(q + done * dim, keys, values, dim, length, scale, scratch + done * ld, ld);
+  const T* rest = q + done * dim;
+  float* place = scratch + done * ld;
+  if (group - done == 3) score<E, 3>(rest, keys, values, dim, length, scale, place, ld);
+  if (group - done == 2) score<E, 2>(rest, keys, values, dim, length, scale, place, ld);
+  if (group - done == 1) score<E, 1>(rest, keys, values, dim, length, scale, place, ld);
+  for (int g = 0; g < group; g++) norms[g] = exponentials(scratch + g * ld, length);
   int d = 0;
   for (; d + WIDE * PANEL <= dim; d += WIDE * PANEL)
     weigh_heads<E, WIDE>(group, scratch, ld, norms, values + d, dim, length, out + d);

@@ -182,5 +182,7 @@ def _check(spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> None:
     for name, (size, unit) in sizes.items():
         if size % unit:
             raise KernelsUnavailable(f"{name} {size} is not a multiple of {unit}")
+    if spec.head_dim > 256:
+        raise KernelsUnavailable(f"head_dim {spec.head_dim} is more than 256")
     if spec.num_heads // spec.num_kv_heads > 64:
         raise KernelsUnavailable("more than 64 query heads share a key")
