@@ -11,7 +11,8 @@ struct V {
 constexpr int TILE = 6;          // rows of x and panels of weights whose products are kept in
 constexpr int TILE_PANELS = 1;   // registers: 12 accumulators of 16 registers
 constexpr int WIDE = 1;          // registers of values that attention weighs at a time
-constexpr bool MANY_REGISTERS = false;
+constexpr int FEW_RANKS = 2;     // rows of A that two rows of x are multiplied with at a time, waiting
+constexpr int MANY_RANKS = 2;    // for memory and not
 
 inline V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline V all(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }

@@ -9,7 +9,8 @@ using V = __m512;
 constexpr int TILE = 8;          // rows of x and panels of weights whose products are kept in
 constexpr int TILE_PANELS = 2;   // registers: 16 accumulators of 32 registers
 constexpr int WIDE = 4;          // registers of values that attention weighs at a time
-constexpr bool MANY_REGISTERS = true;
+constexpr int FEW_RANKS = 1;     // rows of A that two rows of x are multiplied with at a time, waiting
+constexpr int MANY_RANKS = 8;    // for memory and not
 
 inline V zero() { return _mm512_setzero_ps(); }
 inline V all(float v) { return _mm512_set1_ps(v); }

@@ -59,47 +59,59 @@ struct Lora {
   void* h;              // [rows, h_width]
 };
 
-// Adds the products of M rows of x and P panels to acc, of every step its parts [FROM, TO). On the
+// sum[i] = the products of M rows of x and P panels over parts [FROM, FROM + N) of all steps. On the
 // way, `stride` bytes a step from `ahead` on are fetched into the L2 cache: with few rows, the pass
 // would otherwise wait for memory.
-template <class E, int FROM, int TO, int M, int P>
+template <class E, int FROM, int N, int M, int P>
 __attribute__((always_inline)) inline void products(const typename E::Row* x, long ldx,
                                                     const typename E::T* const* panels, int steps,
-                                                    const char* ahead, int stride, V (&acc)[M][P]) {
+                                                    const char* ahead, int stride,
+                                                    V (&sum)[N][M][P]) {
+  for (int i = 0; i < N; i++)
+    for (int m = 0; m < M; m++)
+      for (int p = 0; p < P; p++) sum[i][m][p] = zero();
   for (int k = 0; k < steps; k++) {
     if (stride > 0) _mm_prefetch(ahead + long(k) * stride, _MM_HINT_T1);
     if (stride > 64) _mm_prefetch(ahead + long(k) * stride + 64, _MM_HINT_T1);
 #pragma GCC unroll 2
-    for (int part = FROM; part < TO; part++) {
-      decltype(E::spread_part(x, part)) w[P];
-      for (int p = 0; p < P; p++) w[p] = E::part(E::load(panels[p] + k * PANEL * E::STEP), part);
+    for (int i = 0; i < N; i++) {
+      decltype(E::spread_part(x, FROM + i)) w[P];
+      for (int p = 0; p < P; p++)
+        w[p] = E::part(E::load(panels[p] + k * PANEL * E::STEP), FROM + i);
       for (int m = 0; m < M; m++) {
-        const auto a = E::spread_part(x + m * ldx + k * E::STEP, part);
-        for (int p = 0; p < P; p++) acc[m][p] = E::multiply_part(acc[m][p], a, w[p]);
+        const auto a = E::spread_part(x + m * ldx + k * E::STEP, FROM + i);
+        for (int p = 0; p < P; p++) sum[i][m][p] = E::multiply_part(sum[i][m][p], a, w[p]);
       }
     }
   }
 }
 
 // M rows of x by two panels into c[M][PAIR]; `ahead` and `stride` as for `products`.
+//
+// Each part is summed on its own, whether few rows leave registers for all of them at once or not:
+// a row's result is the same bits whatever rows are beside it.
 template <class E, int M>
 inline void tile(const typename E::Row* x, long ldx, const typename E::T* panel0,
                  const typename E::T* panel1, int steps, const char* ahead, int stride, float* c) {
-  constexpr int P = TILE_PANELS;
+  constexpr int P = TILE_PANELS, PARTS = E::PARTS;
+  constexpr bool TOGETHER = PARTS == 1 || M <= 3;
   const typename E::T* const panels[2] = {panel0, panel1};
   for (int first = 0; first < 2; first += P) {
-    V acc[M][P];
-    for (int m = 0; m < M; m++)
-      for (int p = 0; p < P; p++) acc[m][p] = zero();
-    const int fetched = first ? 0 : stride;
-    if constexpr (E::PARTS == 1 || M <= 3) {
-      products<E, 0, E::PARTS>(x, ldx, panels + first, steps, ahead, fetched, acc);
-    } else {  // the sums need all registers: one part after the other
-      products<E, 0, 1>(x, ldx, panels + first, steps, ahead, fetched, acc);
-      products<E, 1, 2>(x, ldx, panels + first, steps, ahead, 0, acc);
+    V sum[TOGETHER ? PARTS : 1][M][P];
+    const auto place = [&](int m, int p) { return c + m * PAIR + (first + p) * PANEL; };
+    products<E, 0>(x, ldx, panels + first, steps, ahead, first ? 0 : stride, sum);
+    if constexpr (!TOGETHER) {
+      for (int m = 0; m < M; m++)
+        for (int p = 0; p < P; p++) store(place(m, p), sum[0][m][p]);
+      products<E, 1>(x, ldx, panels + first, steps, ahead, 0, sum);
+      for (int m = 0; m < M; m++)
+        for (int p = 0; p < P; p++) sum[0][m][p] = load(place(m, p)) + sum[0][m][p];
+    } else if constexpr (PARTS == 2) {
+      for (int m = 0; m < M; m++)
+        for (int p = 0; p < P; p++) sum[0][m][p] = sum[0][m][p] + sum[1][m][p];
     }
     for (int m = 0; m < M; m++)
-      for (int p = 0; p < P; p++) store(c + m * PAIR + (first + p) * PANEL, acc[m][p]);
+      for (int p = 0; p < P; p++) store(place(m, p), sum[0][m][p]);
   }
 }
 
@@ -119,36 +131,20 @@ inline void tile_of(int m, const typename E::Row* x, long ldx, const typename E:
   }
 }
 
-// One row of h by one panel of B, added to c[16].
-template <class E>
-inline void expand_row(const typename E::T* h, const typename E::T* panel, int steps, float* c) {
-  V even = load(c), odd = zero();
-  int k = 0;
+// R rows of h by one panel of B, each added to its c[16]; in the same order whatever R is.
+template <class E, int R>
+inline void expand_rows(const typename E::T* const* h, const typename E::T* panel, int steps,
+                        float* const* c) {
+  V acc[R];
+  for (int r = 0; r < R; r++) acc[r] = load(c[r]);
   // The next pair's panel of the same part.
   const char* next = (const char*)(panel + 2 * steps * PANEL * E::STEP);
-  for (int line = 0; line < steps; line++) _mm_prefetch(next + 64 * line, _MM_HINT_T0);
-  for (; k + 1 < steps; k += 2) {
-    even = E::multiply(even, E::spread(h + k * E::STEP), E::load(panel + k * PANEL * E::STEP));
-    odd = E::multiply(odd, E::spread(h + (k + 1) * E::STEP),
-                      E::load(panel + (k + 1) * PANEL * E::STEP));
-  }
-  if (k < steps)
-    even = E::multiply(even, E::spread(h + k * E::STEP), E::load(panel + k * PANEL * E::STEP));
-  store(c, even + odd);
-}
-
-// Four rows of h by one panel of B, each added to its c[16].
-template <class E>
-inline void expand_four(const typename E::T* const h[4], const typename E::T* panel, int steps,
-                        float* const c[4]) {
-  V acc[4];
-  for (int i = 0; i < 4; i++) acc[i] = load(c[i]);
   for (int k = 0; k < steps; k++) {
+    _mm_prefetch(next + 64 * k, _MM_HINT_T0);
     const auto b = E::load(panel + k * PANEL * E::STEP);
-    for (int i = 0; i < 4; i++)
-      acc[i] = E::multiply(acc[i], E::spread(h[i] + k * E::STEP), b);
+    for (int r = 0; r < R; r++) acc[r] = E::multiply(acc[r], E::spread(h[r] + k * E::STEP), b);
   }
-  for (int i = 0; i < 4; i++) store(c[i], acc[i]);
+  for (int r = 0; r < R; r++) store(c[r], acc[r]);
 }
 
 // Adds the LoRA of rows [first, last) in one panel to c[row - first][stride].
@@ -169,55 +165,57 @@ void expand(const Lora& lora, int site, int panel, int first, int last, float* c
       const T* b = (const T*)part.b + long(index) * steps * PANEL * E::STEP;
       const int32_t* begin = std::lower_bound(segment.rows, segment.rows + segment.num_rows, first);
       const int32_t* end = std::lower_bound(begin, segment.rows + segment.num_rows, last);
-      for (; begin + 4 <= end; begin += 4) {
+      while (begin < end) {
+        const int count = std::min(4, int(end - begin));
         const T* hs[4];
         float* cs[4];
-        for (int i = 0; i < 4; i++) {
-          hs[i] = h + long(begin[i]) * lora.h_width + part.h_column;
-          cs[i] = c + long(begin[i] - first) * PAIR;
+        for (int i = 0; i < count; i++, begin++) {
+          hs[i] = h + long(*begin) * lora.h_width + part.h_column;
+          cs[i] = c + long(*begin - first) * PAIR;
         }
-        expand_four<E>(hs, b, steps, cs);
+        switch (count) {
+          case 4: expand_rows<E, 4>(hs, b, steps, cs); break;
+          case 3: expand_rows<E, 3>(hs, b, steps, cs); break;
+          case 2: expand_rows<E, 2>(hs, b, steps, cs); break;
+          case 1: expand_rows<E, 1>(hs, b, steps, cs); break;
+        }
       }
-      for (; begin < end; begin++)
-        expand_row<E>(h + long(*begin) * lora.h_width + part.h_column, b, steps,
-                      c + long(*begin - first) * PAIR);
     }
   }
 }
 
-// Dot products of R rows of x with `ranks` <= 8 rows of A, which lie one behind the other. Few rows
-// of x wait for memory, so A is then read strictly front to back, and fetched ahead.
-template <class E, int R>
-inline void dots_streaming(const typename E::T* const* x, const typename E::T* a, int in, int ranks,
-                           float out[][8]) {
-  V acc[R][8];
+// Dot products of R rows of x with `ranks` <= 8 rows of A, which lie one behind the other, N of them
+// at a time. Few at a time are read front to back and fetched ahead; many share what is loaded.
+// Each product is summed in the same order whatever R and N are.
+template <class E, int R, int N>
+inline void dots(const typename E::T* const* x, const typename E::T* a, int in, int ranks,
+                 float out[][8]) {
+  V all_sums[R][8];
   for (int r = 0; r < R; r++)
-    for (int i = 0; i < 8; i++) acc[r][i] = zero();
-  for (int i = 0; i < ranks; i++, a += in)
+    for (int i = 0; i < 8; i++) all_sums[r][i] = zero();
+  int done = 0;
+  const auto some = [&](auto count) {
+    constexpr int C = decltype(count)::value;
+    V sum[R][C];
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < C; i++) sum[r][i] = zero();
     for (int k = 0; k < in; k += E::DOT) {
-      _mm_prefetch((const char*)(a + k) + AHEAD, _MM_HINT_T0);
-      const auto w = E::load(a + k);
-      for (int r = 0; r < R; r++) acc[r][i] = E::multiply(acc[r][i], E::load(x[r] + k), w);
+      typename E::Reg xs[R];
+      for (int r = 0; r < R; r++) xs[r] = E::load(x[r] + k);
+      for (int i = 0; i < C; i++) {
+        const typename E::T* row = a + long(done + i) * in + k;
+        if (N < 8) _mm_prefetch((const char*)row + AHEAD, _MM_HINT_T0);
+        const auto w = E::load(row);
+        for (int r = 0; r < R; r++) sum[r][i] = E::multiply(sum[r][i], xs[r], w);
+      }
     }
-  for (int r = 0; r < R; r++) sums(acc[r], out[r]);
-}
-
-// The same with every element of A and x loaded once for 8 x R products.
-template <class E, int R>
-inline void dots_blocked(const typename E::T* const* x, const typename E::T* a, int in,
-                         float out[][8]) {
-  V acc[R][8];
-  for (int r = 0; r < R; r++)
-    for (int i = 0; i < 8; i++) acc[r][i] = zero();
-  for (int k = 0; k < in; k += E::DOT) {
-    typename E::Reg xs[R];
-    for (int r = 0; r < R; r++) xs[r] = E::load(x[r] + k);
-    for (int i = 0; i < 8; i++) {
-      const auto w = E::load(a + long(i) * in + k);
-      for (int r = 0; r < R; r++) acc[r][i] = E::multiply(acc[r][i], xs[r], w);
-    }
-  }
-  for (int r = 0; r < R; r++) sums(acc[r], out[r]);
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < C; i++) all_sums[r][done + i] = sum[r][i];
+    done += C;
+  };
+  while (done + N <= ranks) some(std::integral_constant<int, N>());
+  while (done < ranks) some(std::integral_constant<int, 1>());
+  for (int r = 0; r < R; r++) sums(all_sums[r], out[r]);
 }
 
 // h of rows [first_row, last_row) of a segment and of up to 8 ranks of one part.
@@ -225,16 +223,18 @@ template <class E>
 void shrink_block(const typename E::T* x, int in, const Segment& segment, int first_row,
                   int last_row, const typename E::T* a, int ranks, typename E::T* h,
                   int h_width) {
-  const bool streaming = !MANY_REGISTERS || last_row - first_row <= 2 || ranks < 8;
+  const bool few = last_row - first_row <= 2;  // these wait for memory
   for (int r = first_row; r < last_row; r += 2) {
     const int rows = std::min(2, last_row - r);
     const typename E::T* xs[2] = {x + long(segment.rows[r]) * in,
                                   x + long(segment.rows[r + rows - 1]) * in};
     float out[2][8];
     if (rows == 2)
-      streaming ? dots_streaming<E, 2>(xs, a, in, ranks, out) : dots_blocked<E, 2>(xs, a, in, out);
+      few ? dots<E, 2, FEW_RANKS>(xs, a, in, ranks, out)
+          : dots<E, 2, MANY_RANKS>(xs, a, in, ranks, out);
     else
-      streaming ? dots_streaming<E, 1>(xs, a, in, ranks, out) : dots_blocked<E, 1>(xs, a, in, out);
+      few ? dots<E, 1, FEW_RANKS>(xs, a, in, ranks, out)
+          : dots<E, 1, MANY_RANKS>(xs, a, in, ranks, out);
     for (int i = 0; i < rows; i++)
       for (int j = 0; j < ranks; j++)
         h[long(segment.rows[r + i]) * h_width + j] = E::from_float(out[i][j]);
