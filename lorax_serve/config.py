@@ -26,10 +26,11 @@ class EngineConfig:
     device: str = "cpu"
     """A torch device: cpu, cuda, cuda:1."""
     dtype: str = "auto"
-    """Compute type; auto is bfloat16."""
+    """Compute type; auto is bfloat16, or float32 where neither the kernels nor torch multiply
+    bfloat16 fast."""
     kernels: str = "auto"
-    """Who computes the model: compiled (C++ for CPUs with AVX-512 and bfloat16, built at the first
-    start), torch, or auto: compiled where it can be had."""
+    """Who computes the model: compiled (C++ for CPUs with AVX2, or AVX-512 with bfloat16, built at
+    the first start), torch, or auto: compiled where it can be had."""
     max_batch_size: int = 32
     """Sequences that run at once; each has its own row of the KV cache."""
     max_batch_tokens: int = 256

@@ -19,6 +19,10 @@ from lorax_serve.kernels.build import INSTRUCTION_SETS, cpu_lacks, instruction_s
 
 needs_kernels = pytest.mark.skipif(not instruction_sets(), reason="not an x86 CPU with AVX2")
 
+each_kernels = pytest.mark.parametrize(
+    "kernels", ["torch", pytest.param("compiled", marks=needs_kernels)]
+)
+
 each_instruction_set = pytest.mark.parametrize(
     "instruction_set",
     [

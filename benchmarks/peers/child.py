@@ -57,9 +57,7 @@ class Child:
         )
         self._signal(signal.SIGSTOP)
 
-    def prepare(
-        self, model: Path, adapters: Mapping[str, Path], batch: int, dtype: str
-    ) -> float:
+    def prepare(self, model: Path, adapters: Mapping[str, Path], batch: int, dtype: str) -> float:
         """Make it ready for these adapters and so many requests at once; returns the seconds."""
         paths = {name: str(path) for name, path in adapters.items()}
         settings = {"model": str(model), "adapters": paths, "batch": batch, "dtype": dtype}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from lorax_serve.config import EngineConfig
 from lorax_serve.core import Batch, ModelInfo, SamplingParams, Sequence
 from lorax_serve.errors import InvalidRequest, ModelUnsupported
 from lorax_serve.kernels.build import KernelsUnavailable
+from lorax_serve.kernels.cpu import load as load_kernels
 from lorax_serve.model.compiled_decoder import CompiledDecoder
 from lorax_serve.model.decoder import Decoder, ForwardBatch, PromptChunk
 from lorax_serve.model.kv_cache import KVCache, affordable_tokens
@@ -46,7 +48,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig) -> None:
         directory = resolve_model(config.model)
         device = _device(config.device)
-        dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+        dtype = _dtype(config, device)
         with load_weights(directory, dtype, device) as weights:
             self.max_length = _max_length(config, weights.spec)
             self._decoder = _decoder(config, weights, self.max_length)
@@ -193,6 +195,21 @@ def _kv_budget(config: EngineConfig, cache: KVCache, device: torch.device) -> in
             f"{length}"
         )
     return most
+
+
+def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """The compute type; ``auto`` is bfloat16 unless it would be computed an element at a time."""
+    if config.dtype != "auto":
+        named: torch.dtype = getattr(torch, config.dtype)
+        return named
+    if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    if config.kernels != "torch":
+        with suppress(KernelsUnavailable):
+            load_kernels(torch.bfloat16)
+            return torch.bfloat16
+    log.info("torch multiplies no bfloat16 on this CPU: float32, which takes twice the memory")
+    return torch.float32
 
 
 def _device(name: str) -> torch.device:

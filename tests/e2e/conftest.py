@@ -8,11 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from lorax_serve.config import EngineConfig, ServerConfig
 from lorax_serve.server.app import Server
+from tests.helpers import TINY_LLAMA, save_tiny_model
 
 StartServer = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a long context: a step takes it 0.1 ms, and some tests need a request
+    that is still running while something else happens."""
+    config: Any = LlamaConfig
+    directory: Path = tmp_path_factory.mktemp("long-llama")
+    long = {"max_position_embeddings": 8192}
+    save_tiny_model(directory, config(**{**TINY_LLAMA.to_diff_dict(), **long}))
+    return directory
 
 
 @pytest.fixture
@@ -23,7 +36,13 @@ async def start_server(tiny_model: Path) -> AsyncIterator[StartServer]:
         async def start(
             adapters: Path | None = None, model: Path | str = tiny_model, **engine: Any
         ) -> Server:
-            settings = {"model": str(model), "dtype": "float32", "threads": 2, **engine}
+            settings = {
+                "model": str(model),
+                "dtype": "float32",
+                "threads": 2,
+                "max_sequence_length": None if model != tiny_model else 8192,
+                **engine,
+            }
             config = ServerConfig(
                 engine=EngineConfig(**settings),
                 host="127.0.0.1",

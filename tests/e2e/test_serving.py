@@ -19,6 +19,10 @@ from tests.e2e.conftest import StartServer
 
 PROMPT = "w10 w11 w12 w13"
 ALL = "all-linear"
+# Tokens of a request that outlives what a test does beside it: at least half a second, and for one
+# that is not waited for, more than the tests' deadlines and delays by an order of magnitude.
+LONG = 2000
+ENDLESS = 8000
 
 
 def client_of(server: Server) -> AsyncClient:
@@ -82,7 +86,7 @@ async def test_cancelled_streams_leave_nothing_behind(
     chance = random.Random(5)
 
     async def cancelled(client: AsyncClient, name: str | None) -> None:
-        stream = client.stream(PROMPT, adapter=name, max_new_tokens=200, ignore_eos=True)
+        stream = client.stream(PROMPT, adapter=name, max_new_tokens=ENDLESS, ignore_eos=True)
 
         async def read() -> None:
             async for _ in stream:
@@ -109,7 +113,7 @@ CLIENT_THAT_DIES = """
 import os, sys
 from lorax_serve.client import Client
 client = Client(sys.argv[1])
-streams = [client.stream("w10 w11", adapter="a", max_new_tokens=240, ignore_eos=True)
+streams = [client.stream("w10 w11", adapter="a", max_new_tokens=8000, ignore_eos=True)
            for _ in range(4)]
 for stream in streams:
     next(stream)
@@ -137,7 +141,7 @@ async def test_a_deadline_frees_the_request(start_server: StartServer) -> None:
     server = await start_server()
     async with client_of(server) as client:
         with pytest.raises(TimedOut):
-            await client.generate(PROMPT, max_new_tokens=250, ignore_eos=True, timeout=0.1)
+            await client.generate(PROMPT, max_new_tokens=ENDLESS, ignore_eos=True, timeout=0.1)
         await until_idle(server)
     assert await integrity(server) == ()
 
@@ -148,8 +152,8 @@ async def test_unload_waits_for_the_last_request(
     make_adapter("a", r=4, target_modules=ALL)
     server = await start_server(tmp_path)
     async with client_of(server) as client:
-        whole = await client.generate(PROMPT, adapter="a", max_new_tokens=240, ignore_eos=True)
-        stream = client.stream(PROMPT, adapter="a", max_new_tokens=240, ignore_eos=True)
+        whole = await client.generate(PROMPT, adapter="a", max_new_tokens=LONG, ignore_eos=True)
+        stream = client.stream(PROMPT, adapter="a", max_new_tokens=LONG, ignore_eos=True)
         first = await anext(stream)
         unload = asyncio.create_task(client.unload_adapter("a"))
         await asyncio.sleep(0.05)
@@ -169,7 +173,7 @@ async def test_replacing_a_name_keeps_running_requests_on_their_version(
     make_adapter("one", 1, r=4, target_modules=ALL)
     make_adapter("two", 2, r=4, target_modules=ALL)
     server = await start_server(tmp_path)
-    options = {"max_new_tokens": 240, "ignore_eos": True}
+    options = {"max_new_tokens": LONG, "ignore_eos": True}
     async with client_of(server) as client:
         old = await client.generate(PROMPT, adapter="one", **options)  # type: ignore[arg-type]
         new = await client.generate(PROMPT, adapter="two", **options)  # type: ignore[arg-type]
@@ -233,7 +237,7 @@ async def test_requests_end_when_the_engine_dies(start_server: StartServer) -> N
 
     server = await start_server()
     async with client_of(server) as client:
-        stream = client.stream(PROMPT, max_new_tokens=250, ignore_eos=True)
+        stream = client.stream(PROMPT, max_new_tokens=ENDLESS, ignore_eos=True)
         await anext(stream)
         server._engine._process.kill()
         with pytest.raises(Unavailable):
@@ -248,7 +252,7 @@ async def test_loading_and_unloading_leave_running_streams_alone(
     make_adapter("a", 1, r=4, target_modules=ALL)
     make_adapter("b", 2, r=8, target_modules=ALL)
     server = await start_server(tmp_path)
-    options = {"max_new_tokens": 240, "ignore_eos": True}
+    options = {"max_new_tokens": LONG, "ignore_eos": True}
     async with client_of(server) as client:
         alone = await client.generate(PROMPT, adapter="a", **options)  # type: ignore[arg-type]
         streams = [client.stream(PROMPT, adapter="a", **options) for _ in range(4)]  # type: ignore[arg-type]

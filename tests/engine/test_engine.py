@@ -17,6 +17,7 @@ from lorax_serve.engine.engine import Engine
 from lorax_serve.engine.messages import Abort, LoadAdapter, Reply, Submit
 from lorax_serve.errors import InvalidRequest
 from lorax_serve.model.runner import ModelRunner
+from tests.helpers import each_kernels
 
 
 class Local:
@@ -99,13 +100,15 @@ def conversation(local: Local) -> dict[int, list[int | None]]:
     return local.run()
 
 
+@each_kernels
 def test_a_cached_prefix_changes_no_token(
-    tiny_model: Path, make_adapter: Callable[..., Path]
+    tiny_model: Path, make_adapter: Callable[..., Path], kernels: str
 ) -> None:
     directories = make_two(make_adapter)
     said = []
     for caching in (True, False):
-        local = Local(tiny_model, prefix_caching=caching)
+        # Plain torch has as many rows as sequences may run; all prefixes shall find a place.
+        local = Local(tiny_model, prefix_caching=caching, kernels=kernels, max_batch_size=8)
         for version, directory in enumerate(directories, start=1):
             local.load(version, directory)
         said.append(conversation(local))
@@ -116,9 +119,10 @@ def test_a_cached_prefix_changes_no_token(
     assert said[0] == said[1]
 
 
+@each_kernels
 @pytest.mark.parametrize("caching", [True, False])
 def test_preemption_loses_and_repeats_no_token(
-    tiny_model: Path, make_adapter: Callable[..., Path], caching: bool
+    tiny_model: Path, make_adapter: Callable[..., Path], caching: bool, kernels: str
 ) -> None:
     directories = make_two(make_adapter)
     said = []
@@ -128,6 +132,7 @@ def test_preemption_loses_and_repeats_no_token(
             prefix_caching=caching,
             kv_cache_tokens=tokens,
             max_sequence_length=128,
+            kernels=kernels,
         )
         for version, directory in enumerate(directories, start=1):
             local.load(version, directory)

@@ -11,11 +11,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lorax_serve import adapter as leaf
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import BASE, Batch, SamplingParams, Sequence
-from lorax_serve.model.runner import ModelRunner
 from tests.helpers import TINY_LLAMA, needs_kernels, save_peft_adapter, save_tiny_model
+from tests.model.logits_runner import LogitsRunner, load
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "rank4": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
@@ -41,34 +40,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 STEPS = 20
 TOLERANCE = 1e-4
-
-
-class LogitsRunner(ModelRunner):
-    """Keeps the logits of each sampled row, by request."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
-        self.logits: dict[int, torch.Tensor] = {}
-        self._compute = self._decoder.logits
-        self._decoder.logits = self._remember  # type: ignore[method-assign]
-
-    def _remember(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.last = self._compute(hidden)
-        return self.last.clone()
-
-    def step(self, batch: Batch) -> None:
-        results = self.run(batch)
-        for row, (sequence, sample) in enumerate(results):
-            self.logits[sequence.request_id] = self.last[row]
-            sequence.computed = len(sequence.tokens)
-            assert sample.token_id is not None
-            sequence.tokens.append(sample.token_id)
-
-
-def load(runner: ModelRunner, slot: int, directory: Path) -> None:
-    files = leaf.read(directory)
-    weights = leaf.match_weights(files.config, files.tensors, runner.linear_modules)
-    runner.put_adapter(slot, runner.fold(weights))
 
 
 @pytest.mark.parametrize(
