@@ -35,9 +35,9 @@ class EngineConfig:
     """Sequences that run at once; each has its own row of the KV cache."""
     max_batch_tokens: int = 256
     """Most prompt tokens computed in one step; longer prompts are split over steps."""
-    max_prefill_tokens_with_decodes: int = 64
-    """Prompt tokens computed in one step beside sequences that decode, so that a prompt does not
-    stall them; as many times more as there are prompts for each of those sequences."""
+    max_prefill_slowdown: float = 2.0
+    """How many times as long a step may take for the prompts computed beside sequences that decode,
+    whose tokens come that much slower meanwhile; more if prompts outnumber those sequences."""
     max_sequence_length: int | None = None
     """Prompt and generated tokens of one sequence; default: the model's own limit, at most 4096."""
     kv_cache_tokens: int | None = None
@@ -69,7 +69,6 @@ class EngineConfig:
             1,
             max_batch_size=self.max_batch_size,
             max_batch_tokens=self.max_batch_tokens,
-            max_prefill_tokens_with_decodes=self.max_prefill_tokens_with_decodes,
             kv_cache_tokens=self.kv_cache_tokens,
             max_sequence_length=self.max_sequence_length,
             adapter_slots=self.adapter_slots,
@@ -82,6 +81,10 @@ class EngineConfig:
             max_adapter_bytes=self.max_adapter_bytes,
             adapter_quantum=self.adapter_quantum,
         )
+        if self.max_prefill_slowdown <= 1:
+            raise InvalidRequest(
+                f"max_prefill_slowdown must be more than 1, found {self.max_prefill_slowdown:g}"
+            )
         if self.max_device_adapter_bytes is not None and self.device == "cpu":
             raise InvalidRequest(
                 "max_device_adapter_bytes: on a CPU, adapters are in host memory only: set "

@@ -21,6 +21,7 @@ from lorax_serve.engine.messages import (
     StepReport,
     Submit,
 )
+from lorax_serve.engine.prefill_budget import PrefillBudget
 from lorax_serve.engine.scheduler import Scheduler
 from lorax_serve.errors import EngineFailed, LoraxError
 from lorax_serve.model.runner import ModelRunner
@@ -49,12 +50,13 @@ class Engine:
         self._store = AdapterStore(loader.request, host, slots, runner.clear_adapter, shared=shared)
         blocks = blocks_of(runner.kv_tokens)
         self._rows = KVRows(runner.kv_rows, blocks, prefix_caching=config.prefix_caching)
+        self._prefill_budget = PrefillBudget(config.max_prefill_slowdown)
         self._scheduler = Scheduler(
             config.max_batch_size,
             config.max_batch_tokens,
             slots,
             self._rows,
-            prompt_tokens_with_decodes=config.max_prefill_tokens_with_decodes,
+            prompt_tokens_beside=self._prefill_budget.tokens,
             adapter_quantum=config.adapter_quantum,
         )
         self._kv_capacity = blocks * BLOCK
@@ -114,6 +116,8 @@ class Engine:
         for sequence, sample in results:
             self._advance(sequence, sample)
         self._step_seconds = time.perf_counter() - started
+        prompt_tokens = sum(length for _, length in batch.prefills)
+        self._prefill_budget.observe(len(batch.decodes), prompt_tokens, self._step_seconds)
 
     def take_report(self) -> StepReport:
         """What happened since the last report."""

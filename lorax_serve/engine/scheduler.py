@@ -20,6 +20,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
+from collections.abc import Callable
 
 from lorax_serve.core import BASE, Batch, Sequence
 from lorax_serve.engine.adapter_slots import AdapterSlots
@@ -37,7 +38,7 @@ class Scheduler:
         max_batch_tokens: most prompt tokens a step.
         slots: the device's adapter slots; a sequence whose adapter gets none now is passed over.
         rows: rows of the KV cache, at least ``max_batch_size``.
-        prompt_tokens_with_decodes: prompt tokens a step beside decoding sequences.
+        prompt_tokens_beside: prompt tokens a step beside that many decoding sequences.
         adapter_quantum: service (in prompt tokens) by which an adapter in a slot may get ahead of
             one without.
 
@@ -52,12 +53,12 @@ class Scheduler:
         slots: AdapterSlots,
         rows: KVRows,
         *,
-        prompt_tokens_with_decodes: int,
+        prompt_tokens_beside: Callable[[int], int],
         adapter_quantum: int,
     ) -> None:
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
-        self._prompt_tokens_with_decodes = min(prompt_tokens_with_decodes, max_batch_tokens)
+        self._prompt_tokens_beside = prompt_tokens_beside
         self._adapter_quantum = adapter_quantum * SCALE
         self._slots = slots
         self._rows = rows
@@ -248,7 +249,7 @@ class Scheduler:
         if not decodes:
             return self._max_batch_tokens
         prompts += min(places, len(self._queue))
-        share = self._prompt_tokens_with_decodes * max(1, prompts // decodes)
+        share = self._prompt_tokens_beside(decodes) * max(prompts, decodes) // decodes
         return min(share, self._max_batch_tokens)
 
     def _admit(self, flow: Flow, batch: Batch) -> Sequence | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from lorax_serve.core import ChatMessage
@@ -12,6 +14,7 @@ from lorax_serve.errors import InvalidRequest, ModelUnsupported
 __all__ = ["Detokenizer", "StopMatcher", "Tokenizer"]
 
 _INCOMPLETE = "\ufffd"
+_PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 class Tokenizer:
@@ -25,10 +28,9 @@ class Tokenizer:
     """
 
     def __init__(self, directory: str | PathLike[str]) -> None:
-        from transformers import AutoTokenizer
-
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            loader: Any = _loader(directory)
+            self._tokenizer: Any = loader.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ModelUnsupported(f"{directory} has no usable tokenizer: {error}") from error
         self.special_ids: frozenset[int] = frozenset(self._tokenizer.all_special_ids)
@@ -80,6 +82,25 @@ class Tokenizer:
         """One token as the vocabulary spells it, special tokens included."""
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
         return piece if isinstance(piece, str) else ""
+
+
+def _loader(directory: str | PathLike[str]) -> Any:
+    """The class that reads this tokenizer.
+
+    Where its files name a plain one, it is imported alone: the search through all models brings
+    torch with it, seconds of start-up and memory that the server has no other use for.
+    """
+    try:
+        settings = json.loads(Path(directory, "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        settings = {}  # AutoTokenizer says what is wrong
+    if settings.get("tokenizer_class") in _PLAIN_CLASSES and "auto_map" not in settings:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 class Detokenizer:

@@ -13,6 +13,7 @@ import torch
 
 from lorax_serve.errors import ModelUnsupported
 from lorax_serve.model.spec import SITES_PER_LAYER, DecoderSpec, Site
+from lorax_serve.model.spec_cache import load_spec
 from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights
 
 __all__ = ["load_weights"]
@@ -36,7 +37,7 @@ def load_weights(
         ModelUnsupported: when a tensor is missing, has another shape than the config says, or is
             left over: a forward that ignores part of a checkpoint is not this model's forward.
     """
-    spec = DecoderSpec.from_directory(directory)
+    spec = load_spec(directory)
     with ExitStack() as stack:
         checkpoint = _Checkpoint(directory, stack, dtype, device)
         yield _weights(spec, checkpoint)

@@ -73,7 +73,7 @@ class Simulation:
             budget,
             AdapterSlots(slots),
             self.kv,
-            prompt_tokens_with_decodes=beside,
+            prompt_tokens_beside=lambda decodes: beside,
             adapter_quantum=quantum,
         )
         self.cells: list[list[int]] = [[] for _ in range(rows + spare_rows)]

@@ -24,7 +24,7 @@ def scheduler_of(rows: int, budget: int, slots: int) -> Scheduler:
         budget,
         AdapterSlots(slots),
         KVRows(rows, 100),
-        prompt_tokens_with_decodes=budget,
+        prompt_tokens_beside=lambda decodes: budget,
         adapter_quantum=0,
     )
 

@@ -1,0 +1,65 @@
+"""Specs by the content of the files they were read from: reading one takes all of transformers.
+
+Importing what reads ``config.json`` takes seconds, at every start, for a few numbers that only
+change with the file. They are kept beside the converted models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from lorax_serve.model import spec as spec_module
+from lorax_serve.model.source import cache_dir
+from lorax_serve.model.spec import DecoderSpec
+
+__all__ = ["load_spec"]
+
+_FILES = ("config.json", "generation_config.json")
+
+
+def load_spec(directory: Path) -> DecoderSpec:
+    """``DecoderSpec.from_directory(directory)``, which is asked only the first time.
+
+    Raises:
+        ModelUnsupported: as ``from_directory``; refusals are not kept.
+    """
+    place = cache_dir() / "specs" / f"{_key(directory)}.json"
+    try:
+        return _from_json(place.read_text())
+    except (OSError, ValueError, TypeError):  # not there, or not whole
+        spec = DecoderSpec.from_directory(directory)
+    with suppress(OSError):  # a cache that cannot be written costs time only
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as staged:
+            staged.write(_to_json(spec))
+        Path(staged.name).replace(place)
+    return spec
+
+
+def _key(directory: Path) -> str:
+    """Of all that decides what is read: the files, and the code that reads them."""
+    digest = hashlib.sha256(metadata.version("transformers").encode())
+    for path in (Path(spec_module.__file__), *(directory / name for name in _FILES)):
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def _to_json(spec: DecoderSpec) -> str:
+    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return json.dumps(fields | {"inv_freq": spec.inv_freq.tolist()})
+
+
+def _from_json(text: str) -> DecoderSpec:
+    fields = json.loads(text)
+    fields["inv_freq"] = torch.tensor(fields["inv_freq"], dtype=torch.float32)
+    fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
+    return DecoderSpec(**fields)
