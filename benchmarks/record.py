@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["package_versions", "write_result"]
+__all__ = ["machine", "package_versions", "write_result"]
 
 _PACKAGES = ("torch", "transformers", "peft", "grpcio", "numpy", "lorax-serve")
 # What decides which matrix products a CPU can run.
@@ -44,7 +44,7 @@ def write_result(
         "commit": _commit(),
         "versions": {**package_versions(_PACKAGES), **(versions or {})},
         "python": platform.python_version(),
-        "machine": _machine(),
+        "machine": machine(),
     }
     path.write_text(json.dumps({**context, **result}, indent=2) + "\n")
     return path
@@ -73,7 +73,8 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """The processor, memory, system and compiler."""
     return {
         "processor": _proc("cpuinfo", "model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),

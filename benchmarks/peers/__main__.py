@@ -2,8 +2,10 @@
 
 Fixed shape: all requests at once, random token ids as prompts (new ones in every round, so that no
 prefix cache helps anyone), temperature 0.8 and top_p 0.8, end of text ignored, adapters of rank 16
-on all linear modules. Within a round each system has its turn while the others are stopped. Before
-the rounds of a case each system is prepared for it, and runs it once to warm up.
+on all linear modules. Weights are bfloat16. The peers compute in it too, but for CPUs that have no
+instructions for it: there float32 is several times as fast for them, so they get that
+(``--peer-dtype``). Within a round each system has its turn while the others are stopped. Before the
+rounds of a case each system is prepared for it, and runs it once to warm up.
 
 The last line on stdout is the table as JSON: the medians, null for what could not be measured.
 """
@@ -25,6 +27,7 @@ from benchmarks.peers.cases import CASES, Case
 from benchmarks.peers.child import Child, PeerFailed
 from benchmarks.peers.setup_vllm import VLLM_PYTHON, set_up
 from benchmarks.plot import Chart
+from benchmarks.record import machine
 from lorax_serve.model.source import resolve_model
 from lorax_serve.model.spec import DecoderSpec
 
@@ -42,6 +45,7 @@ GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("lora32",), tuple(SYSTEMS)),
     (("lora1", "mixed_ranks", "mean_rank"), ("ours",)),
 )
+DTYPES = ("bfloat16", "float32")
 HEADLINE = {"base": "base model", "lora8": "8 adapters", "lora32": "32 adapters, 32 requests"}
 
 
@@ -77,7 +81,8 @@ class Comparison:
             adapters |= self._adapters(case)
         for name in self._alive(systems):
             with self._may_fail(name):
-                seconds = self._children[name].prepare(self._model, adapters, batch)
+                dtype = "auto" if name == "ours" else self.options.peer_dtype
+                seconds = self._children[name].prepare(self._model, adapters, batch, dtype)
                 _say(f"{name}: prepared in {seconds:.1f} s")
                 for case in cases:
                     self._run(name, case, -1)
@@ -127,6 +132,9 @@ def _say(text: str) -> None:
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--systems", type=_systems, default=list(SYSTEMS), help="by commas")
+    flags.add_argument(
+        "--peer-dtype", choices=DTYPES, default=DTYPES[0] if has_bfloat16() else DTYPES[1]
+    )
     Case.add_flags(flags)
     options = flags.parse_args()
     comparison = Comparison(options)
@@ -137,6 +145,11 @@ def main() -> None:
         comparison.close()
     publish("peers", options, result(comparison))
     sys.exit("ours" in comparison.failed)
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(machine()["cpu_flags"]))
 
 
 def _systems(text: str) -> list[str]:

@@ -31,7 +31,7 @@ class Backend(Protocol):
     def prepare(self, model: str, adapters: dict[str, str], batch: int, dtype: str) -> None:
         """Forget what was there; be ready for that many requests at once with these adapters.
 
-        ``dtype`` is "bfloat16" or "float32".
+        ``dtype`` is "bfloat16" or "float32"; "auto" is for lorax, which then chooses.
         """
 
     def run(self, requests: Requests) -> list[int]:
