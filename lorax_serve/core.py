@@ -187,6 +187,7 @@ class Sequence:
         cache_key: digest of the adapter's content, None for the base model: what its keys and
             values depend on beside the tokens.
         priority: in [-2, 2]; each level doubles its flow's share.
+        weight: its adapter's share.
         charged: how many of ``tokens`` its flow was charged for; more than ``computed`` while a
             preempted sequence is computed again.
         arrived: ``time.perf_counter`` at arrival.
@@ -206,6 +207,7 @@ class Sequence:
     adapter_slot: int = BASE
     cache_key: str | None = None
     priority: int = 0
+    weight: int = 1
     charged: int = 0
     arrived: float = 0.0
     queue_seconds: float | None = None

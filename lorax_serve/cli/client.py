@@ -89,7 +89,18 @@ def _show(chunks: Iterable[Any], verbose: bool) -> str:
 
 def _list(client: Any, options: argparse.Namespace) -> None:
     rows = [
-        ("NAME", "STATE", "VERSION", "RANK", "MODULES", "BYTES", "ACTIVE", "REQUESTS", "DIGEST"),
+        (
+            "NAME",
+            "STATE",
+            "VERSION",
+            "RANK",
+            "MODULES",
+            "BYTES",
+            "WEIGHT",
+            "ACTIVE",
+            "REQUESTS",
+            "DIGEST",
+        ),
         *(
             (
                 each.name,
@@ -98,6 +109,7 @@ def _list(client: Any, options: argparse.Namespace) -> None:
                 str(each.rank),
                 str(each.module_count),
                 str(each.host_bytes),
+                str(each.weight),
                 str(each.active_requests),
                 str(each.total_requests),
                 each.digest[:12],
@@ -112,7 +124,7 @@ def _list(client: Any, options: argparse.Namespace) -> None:
 
 
 def _load(client: Any, options: argparse.Namespace) -> None:
-    adapter = client.load_adapter(options.name, options.path)
+    adapter = client.load_adapter(options.name, options.path, weight=options.weight)
     print(
         f"{adapter.name}: version {adapter.version}, rank {adapter.rank} on "
         f"{adapter.module_count} modules, {adapter.host_bytes} bytes, digest {adapter.digest}"
@@ -192,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     load = actions.add_parser("load", parents=[common], help="load or replace an adapter")
     load.add_argument("name", help="what requests will call it")
     load.add_argument("path", nargs="?", help="inside the server's --adapters (default: the name)")
+    load.add_argument("--weight", type=int, help="its share of a busy server, 1 to 100")
     load.set_defaults(run=_load)
     unload = actions.add_parser("unload", parents=[common], help="drain and free an adapter")
     unload.add_argument("name")

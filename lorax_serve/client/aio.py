@@ -121,16 +121,22 @@ class AsyncClient:
         return Model.of(await self._call(self._generation.ModelInfo, request, timeout))
 
     async def load_adapter(
-        self, name: str, path: str | None = None, *, timeout: float | None = None
+        self,
+        name: str,
+        path: str | None = None,
+        *,
+        weight: int | None = None,
+        timeout: float | None = None,
     ) -> Adapter:
         """Load an adapter, or replace what ``name`` means for new requests.
 
         Args:
             name: what requests will call it.
             path: its directory, inside the server's adapter directory; default ``name``.
+            weight: its share of a busy server, in [1, 100]; default: what the name had, else 1.
             timeout: seconds that this call may take; the load goes on.
         """
-        request = adapter_pb2.LoadAdapterRequest(adapter_id=name, path=path)
+        request = adapter_pb2.LoadAdapterRequest(adapter_id=name, path=path, weight=weight)
         answer = await self._call(self._adapters.LoadAdapter, request, timeout)
         return Adapter.of(answer.adapter)
 

@@ -146,6 +146,7 @@ class Adapter:
         module_count: modules of the base model that it changes.
         host_bytes: host memory that it takes.
         last_used: when the last request started with it, else when it was loaded.
+        weight: its share of a busy server.
     """
 
     name: str
@@ -158,6 +159,7 @@ class Adapter:
     active_requests: int
     total_requests: int
     last_used: datetime
+    weight: int
 
     @classmethod
     def of(cls, message: Any) -> Adapter:
@@ -174,6 +176,7 @@ class Adapter:
             active_requests=message.active_requests,
             total_requests=message.total_requests,
             last_used=message.last_used.ToDatetime(tzinfo=UTC),
+            weight=message.weight,
         )
 
 

@@ -157,6 +157,7 @@ class Engine:
                 eos_token_ids=command.eos_token_ids,
                 cache_key=None if adapter is None else self._store.info(adapter).digest,
                 priority=command.priority,
+                weight=command.weight,
                 arrived=time.perf_counter(),
             )
         )

@@ -47,6 +47,10 @@ class Flow:
         self.counter += cost * (SCALE << MAX_PRIORITY) // self.weight
 
 
+def _weight(sequence: Sequence) -> int:
+    return sequence.weight << (sequence.priority + MAX_PRIORITY)
+
+
 class FairQueue:
     """All waiting sequences, by flow."""
 
@@ -55,29 +59,24 @@ class FairQueue:
         """By adapter and priority. Kept while its adapter is, or it would be forgiven its debt."""
         self._flow_of: dict[int, Flow] = {}
         """Of waiting sequences, by request."""
-        self._weights: dict[int | None, int] = {}
         self._level = 0
         """The largest counter with which a flow was served: where to start when nobody waits."""
 
     def __len__(self) -> int:
         return len(self._flow_of)
 
-    def set_weight(self, adapter: int | None, weight: int) -> None:
-        """An adapter's share against others, from its next flow on; 1 if never set."""
-        self._weights[adapter] = weight
-
     def flow(self, sequence: Sequence) -> Flow:
         """The flow that a sequence belongs to."""
         key = (sequence.adapter, sequence.priority)
         flow = self._flows.get(key)
         if flow is None:
-            weight = self._weights.get(sequence.adapter, 1) << (sequence.priority + MAX_PRIORITY)
-            flow = self._flows[key] = Flow(sequence.adapter, weight)
+            flow = self._flows[key] = Flow(sequence.adapter, _weight(sequence))
         return flow
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. A flow that had none waiting gets no credit for its idleness."""
         flow = self.flow(sequence)
+        flow.weight = _weight(sequence)  # the adapter's may have changed
         if not flow.waiting:
             least = min((other.counter for other in self.backlogged()), default=self._level)
             flow.counter = max(flow.counter, least)
@@ -129,7 +128,6 @@ class FairQueue:
         wanted = any(flow.adapter == adapter for flow in self.backlogged())
         assert not wanted, f"version {adapter} is wanted"
         self._flows = {key: flow for key, flow in self._flows.items() if key[0] != adapter}
-        self._weights.pop(adapter, None)
 
     def problems(self) -> list[str]:
         """What is wrong in the accounting."""

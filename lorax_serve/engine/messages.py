@@ -42,6 +42,7 @@ class Submit:
     min_new_tokens: int
     eos_token_ids: frozenset[int]
     priority: int = 0
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)

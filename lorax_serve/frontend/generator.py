@@ -269,6 +269,7 @@ class TextGenerator:
             min_new_tokens=stop.min_new_tokens,
             eos_token_ids=frozenset() if stop.ignore_eos else frozenset(info.eos_token_ids),
             priority=request.priority,
+            weight=stream.adapter.weight if stream.adapter else 1,
         )
 
 

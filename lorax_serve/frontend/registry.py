@@ -34,6 +34,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _T = TypeVar("_T")
 
 _PROGRESS_SECONDS = 5.0
+_MAX_WEIGHT = 100
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class Adapter:
     version: int
     info: AdapterInfo
     path: Path
+    weight: int = 1
+    """Its share of a busy server against others."""
     state: AdapterState = AdapterState.READY
     references: int = 0
     requests: int = 0
@@ -137,24 +140,33 @@ class AdapterRegistry:
         everyone = [*self._by_name.values(), *self._draining.values()]
         return sorted(everyone, key=lambda adapter: (adapter.name, adapter.version))
 
-    async def load(self, name: str, path: str | None = None) -> Adapter:
+    async def load(self, name: str, path: str | None = None, weight: int | None = None) -> Adapter:
         """Load the adapter directory ``path`` (inside the root; default ``name``) under ``name``.
 
-        Loading the content that ``name`` already has, from where it has it, changes nothing;
-        anything else replaces it for new requests. The load goes on even if this call is cancelled.
+        Loading the content that ``name`` already has, from where it has it, changes its weight at
+        most; anything else replaces it for new requests. The load goes on even if this call is
+        cancelled.
+
+        Args:
+            name: what requests will call it.
+            path: its directory.
+            weight: its share of a busy server, in [1, 100]; None keeps what the name had.
 
         Raises:
-            InvalidRequest: the name or the path is malformed, or the path leaves the root.
+            InvalidRequest: the name, the path or the weight is malformed, or the path leaves the
+                root.
             AdapterConflict: the name is being loaded already, or no root is configured.
             AdapterRejected: the files cannot be applied exactly; what was loaded before stays.
             Overloaded: the adapter alone is larger than the memory for adapters.
         """
         if name in self._loading:
             raise AdapterConflict(f"adapter {name!r} is being loaded by another call")
+        if weight is not None and not 1 <= weight <= _MAX_WEIGHT:
+            raise InvalidRequest(f"weight must be in [1, {_MAX_WEIGHT}], found {weight}")
         self._loading.add(name)
-        return await asyncio.shield(self._in_background(self._load(name, path)))
+        return await asyncio.shield(self._in_background(self._load(name, path, weight)))
 
-    async def _load(self, name: str, path: str | None) -> Adapter:
+    async def _load(self, name: str, path: str | None, weight: int | None) -> Adapter:
         try:
             directory = self._locate(name, path)
             self._last_version += 1
@@ -173,8 +185,10 @@ class AdapterRegistry:
         # more when its weights have to be read again.
         if current is not None and (current.info.digest, current.path) == (info.digest, directory):
             await self._engine.drop_adapter(version)
+            current.weight = weight or current.weight
             return current
         adapter = Adapter(name, version, info, directory)
+        adapter.weight = weight or (1 if current is None else current.weight)
         adapter.unused.set()
         self._by_name[name] = adapter
         if current is not None:

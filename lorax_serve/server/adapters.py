@@ -24,7 +24,8 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):  # type: ignore[
     async def LoadAdapter(self, request: Any, context: Any) -> Any:
         """Load or replace; answer with what the name means now."""
         path = request.path if request.HasField("path") else None
-        adapter = await self.registry.load(request.adapter_id, path)
+        weight = request.weight if request.HasField("weight") else None
+        adapter = await self.registry.load(request.adapter_id, path, weight)
         return pb.LoadAdapterResponse(adapter=convert.adapter_message(adapter))
 
     async def UnloadAdapter(self, request: Any, context: Any) -> Any:

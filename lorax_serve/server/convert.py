@@ -110,6 +110,7 @@ def adapter_message(adapter: Adapter) -> Any:
         host_bytes=adapter.info.nbytes,
         active_requests=adapter.references,
         total_requests=adapter.requests,
+        weight=adapter.weight,
     )
     message.last_used.FromNanoseconds(int(adapter.last_used * 1e9))
     return message

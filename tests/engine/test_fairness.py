@@ -59,8 +59,8 @@ def test_each_priority_level_doubles_the_share(higher: int) -> None:
 
 def test_an_adapter_s_weight_is_its_share() -> None:
     queue = FairQueue()
-    queue.set_weight(1, 3)
     heavy, light = sequence(1, prompt=30, adapter=1), sequence(2, prompt=10, adapter=2)
+    heavy.weight = 3
     queue.charge_prompt(heavy, 30)
     queue.charge_prompt(light, 10)
     assert queue.flow(heavy).counter == queue.flow(light).counter == 10 * SCALE

@@ -101,3 +101,20 @@ async def test_a_name_that_is_loading_cannot_be_loaded(harness: Harness) -> None
         await harness.client.load_adapter("poet")
     harness.engine.loads_open.set()
     assert (await first).state == "ready"
+
+
+async def test_a_weight_is_kept_until_it_is_changed(harness: Harness) -> None:
+    harness.write_adapter("poet", "old")
+    assert (await harness.client.load_adapter("poet")).weight == 1
+    assert (await harness.client.load_adapter("poet", weight=3)).version == 1
+    harness.write_adapter("poet", "new")
+    replaced = await harness.client.load_adapter("poet")
+    assert (replaced.version, replaced.weight) == (3, 3)
+    await harness.client.generate("one </s>", adapter="poet")
+    await harness.client.generate("one </s>")
+    assert [command.weight for command in harness.engine.commands] == [3, 1]
+    for weight in (0, 101):
+        with pytest.raises(InvalidRequest, match=rf"weight must be in \[1, 100\], found {weight}"):
+            await harness.client.load_adapter("poet", weight=weight)
+    (listed,) = await harness.client.list_adapters()
+    assert listed.weight == 3

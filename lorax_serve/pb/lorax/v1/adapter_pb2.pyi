@@ -21,12 +21,14 @@ ADAPTER_STATE_READY: AdapterState
 ADAPTER_STATE_DRAINING: AdapterState
 
 class LoadAdapterRequest(_message.Message):
-    __slots__ = ("adapter_id", "path")
+    __slots__ = ("adapter_id", "path", "weight")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     path: str
-    def __init__(self, adapter_id: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
+    weight: int
+    def __init__(self, adapter_id: _Optional[str] = ..., path: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
 
 class LoadAdapterResponse(_message.Message):
     __slots__ = ("adapter",)
@@ -57,7 +59,7 @@ class ListAdaptersResponse(_message.Message):
     def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("adapter_id", "version", "digest", "state", "rank", "module_count", "host_bytes", "active_requests", "total_requests", "last_used")
+    __slots__ = ("adapter_id", "version", "digest", "state", "rank", "module_count", "host_bytes", "active_requests", "total_requests", "last_used", "weight")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +70,7 @@ class Adapter(_message.Message):
     ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     LAST_USED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     version: int
     digest: str
@@ -78,4 +81,5 @@ class Adapter(_message.Message):
     active_requests: int
     total_requests: int
     last_used: _timestamp_pb2.Timestamp
-    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., rank: _Optional[int] = ..., module_count: _Optional[int] = ..., host_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., total_requests: _Optional[int] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    weight: int
+    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., rank: _Optional[int] = ..., module_count: _Optional[int] = ..., host_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., total_requests: _Optional[int] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., weight: _Optional[int] = ...) -> None: ...

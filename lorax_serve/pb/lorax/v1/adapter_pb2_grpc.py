@@ -56,7 +56,8 @@ class AdapterServiceServicer:
 
     def LoadAdapter(self, request, context):
         """Loads an adapter, or replaces what its name means: requests that run keep the version that
-        they started with. Loading what is loaded already changes nothing. Answers when the adapter
+        they started with. Loading what is loaded already changes its weight
+        at most. Answers when the adapter
         can be used; the load goes on if the call is cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
