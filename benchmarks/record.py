@@ -7,13 +7,14 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from lorax_serve.kernels.build import compiler
 
 __all__ = ["machine", "package_versions", "write_result"]
 
@@ -87,10 +88,10 @@ def machine() -> dict[str, Any]:
 
 def _compiler() -> str | None:
     """The C++ compiler's first line, None if there is none: kernels may be built with it."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    command = compiler()
+    if command is None:
         return None
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
     return done.stdout.partition("\n")[0] or None
 
 

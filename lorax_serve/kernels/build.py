@@ -17,7 +17,14 @@ from pathlib import Path
 
 from lorax_serve.errors import LoraxError
 
-__all__ = ["INSTRUCTION_SETS", "KernelsUnavailable", "cpu_lacks", "instruction_sets", "library"]
+__all__ = [
+    "INSTRUCTION_SETS",
+    "KernelsUnavailable",
+    "compiler",
+    "cpu_lacks",
+    "instruction_sets",
+    "library",
+]
 
 INSTRUCTION_SETS = {
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"),
@@ -86,6 +93,11 @@ def cpu_lacks(instruction_set: str) -> list[str]:
     return [flag for flag in needs if flag not in flags]
 
 
+def compiler() -> str | None:
+    """The C++ compiler, if there is one: ``$CXX``, g++ or clang++."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
 def _cache() -> Path:
     # Beside the converted models; model.source keeps those under the same root.
     root = os.environ.get("LORAX_CACHE") or Path.home() / ".cache" / "lorax"
@@ -93,19 +105,22 @@ def _cache() -> Path:
 
 
 def _compile(source: Path, flags: tuple[str, ...], place: Path) -> None:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    command = compiler()
+    if command is None:
         raise KernelsUnavailable("there is no C++ compiler (g++, clang++, or $CXX)")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
             built = Path(scratch) / place.name
-            command = [compiler, *flags, str(source), "-o", str(built)]
             done = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=_COMPILE_SECONDS
+                [command, *flags, str(source), "-o", str(built)],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_COMPILE_SECONDS,
             )
             if done.returncode:
-                raise KernelsUnavailable(f"{compiler} failed: {done.stderr.strip()[:2000]}")
+                raise KernelsUnavailable(f"{command} failed: {done.stderr.strip()[:2000]}")
             built.replace(place)  # whole or not at all, also when several processes build
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelsUnavailable(f"the kernels cannot be built in {place.parent}: {error}") from (
