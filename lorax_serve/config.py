@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,9 +82,10 @@ class EngineConfig:
             max_adapter_bytes=self.max_adapter_bytes,
             adapter_quantum=self.adapter_quantum,
         )
-        if self.max_prefill_slowdown <= 1:
+        if not 1 < self.max_prefill_slowdown < math.inf:
             raise InvalidRequest(
-                f"max_prefill_slowdown must be more than 1, found {self.max_prefill_slowdown:g}"
+                f"max_prefill_slowdown must be a number more than 1, found "
+                f"{self.max_prefill_slowdown:g}"
             )
         if self.max_device_adapter_bytes is not None and self.device == "cpu":
             raise InvalidRequest(

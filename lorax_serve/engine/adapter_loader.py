@@ -21,6 +21,10 @@ from lorax_serve.model.runner import HostAdapter
 __all__ = ["AdapterLoader", "Load", "LoadFinished"]
 
 
+# Loads for waiting requests that may pass one for the first time.
+_OVERTAKERS = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """An adapter directory to read.
@@ -50,8 +54,9 @@ class LoadFinished:
 class AdapterLoader:
     """Reads adapters on a thread of its own, one after the other.
 
-    What requests wait for is read before what is loaded for the first time. Both take the same way,
-    with all checks, so an adapter that is read again has the same bits.
+    What requests wait for may overtake what is loaded for the first time, but only so often that
+    this is never put off for ever. Both take the same way, with all checks, so an adapter that is
+    read again has the same bits.
 
     Args:
         modules: every linear module of the base model by path.
@@ -69,12 +74,14 @@ class AdapterLoader:
         self._fold = fold
         self._finished = finished
         self._order = itertools.count()
-        self._loads: queue.PriorityQueue[tuple[bool, int, Load]] = queue.PriorityQueue()
+        self._loads: queue.PriorityQueue[tuple[int, bool, Load]] = queue.PriorityQueue()
         threading.Thread(target=self._run, name="adapter-loader", daemon=True).start()
 
     def request(self, load: Load) -> None:
         """Queue a load; returns at once."""
-        self._loads.put((load.digest is None, next(self._order), load))
+        first = load.digest is None
+        place = next(self._order) + (_OVERTAKERS if first else 0)
+        self._loads.put((place, first, load))
 
     def _run(self) -> None:
         # One core is enough for checks on small tensors; the steps need the others. The setting is

@@ -163,6 +163,7 @@ class AdapterStore:
         """Free the device memory of evicted adapters, before others are brought in."""
         for slot in self._slots.take_emptied():
             self._clear_slot(slot)
+            self._settled = False  # whose adapter it was may be wanted, and be on disk only
 
     def drop(self, version: int, slot: int | None) -> int:
         """Forget an adapter that no request uses; returns the bytes of memory that this frees.

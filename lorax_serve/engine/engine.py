@@ -250,7 +250,10 @@ class Engine:
 
     def _fail_waiting(self, version: int, error: str) -> None:
         for sequence in self._scheduler.waiting_for(version):
-            self._scheduler.withdraw(sequence.request_id)
+            if sequence.kv_slot >= 0:  # parked: it may have computed something
+                self._release(sequence)
+            else:
+                self._scheduler.withdraw(sequence.request_id)
             self._report.tokens.append(
                 TokenOutput(sequence.request_id, None, StopReason.ERROR, error=error)
             )

@@ -32,15 +32,17 @@ class Flow:
         weight: its share against other flows; 4 with an adapter's weight 1 and priority 0.
         counter: service it got over its weight.
         waiting: its sequences that wait, the first to be admitted at the left.
+        admitted: how many of its sequences were admitted and have not ended.
     """
 
-    __slots__ = ("adapter", "counter", "waiting", "weight")
+    __slots__ = ("adapter", "admitted", "counter", "waiting", "weight")
 
     def __init__(self, adapter: int | None, weight: int) -> None:
         self.adapter = adapter
         self.weight = weight
         self.counter = 0
         self.waiting: deque[Sequence] = deque()
+        self.admitted = 0
 
     def charge(self, cost: int) -> None:
         """Count service of so many prompt tokens' cost."""
@@ -60,7 +62,7 @@ class FairQueue:
         self._flow_of: dict[int, Flow] = {}
         """Of waiting sequences, by request."""
         self._level = 0
-        """The largest counter with which a flow was served: where to start when nobody waits."""
+        """The largest counter with which a flow was served: where to start when there is none."""
 
     def __len__(self) -> int:
         return len(self._flow_of)
@@ -74,11 +76,12 @@ class FairQueue:
         return flow
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. A flow that had none waiting gets no credit for its idleness."""
+        """Queue a sequence. A flow that was idle gets no credit for that."""
         flow = self.flow(sequence)
         flow.weight = _weight(sequence)  # the adapter's may have changed
-        if not flow.waiting:
-            least = min((other.counter for other in self.backlogged()), default=self._level)
+        if not (flow.waiting or flow.admitted):
+            active = (other for other in self._flows.values() if other.waiting or other.admitted)
+            least = min((other.counter for other in active), default=self._level)
             flow.counter = max(flow.counter, least)
         flow.waiting.append(sequence)
         self._flow_of[sequence.request_id] = flow
@@ -93,7 +96,12 @@ class FairQueue:
         """Take out the flow's next sequence."""
         sequence = flow.waiting.popleft()
         del self._flow_of[sequence.request_id]
+        flow.admitted += 1
         return sequence
+
+    def ended(self, sequence: Sequence) -> None:
+        """A sequence that was admitted runs no more; if it was preempted, it is ``put_back``."""
+        self.flow(sequence).admitted -= 1
 
     def withdraw(self, request_id: int) -> bool:
         """Take a sequence out; whether there was one."""
@@ -138,6 +146,8 @@ class FairQueue:
         for key, flow in self._flows.items():
             if any((s.adapter, s.priority) != key for s in flow.waiting):
                 found.append(f"flow {key} holds a sequence of another")
+            if flow.admitted < 0:
+                found.append(f"flow {key} has {flow.admitted} admitted sequences")
             if flow.weight < 1:
                 found.append(f"flow {key} has weight {flow.weight}: it would starve")
         return found

@@ -49,6 +49,7 @@ class KVRows:
         self._taken = [0] * rows
         """Blocks of each row."""
         self._unused = blocks
+        self._idle_blocks = 0
         self._index = PrefixIndex(BLOCK)
         self._copies: list[RowCopy] = []
         self._clock = 0
@@ -74,7 +75,8 @@ class KVRows:
         source, hit = -1, 0
         if self._caching:
             source, hit = self._index.find(sequence.cache_key, tokens, len(tokens) - 1)
-            if source in self._idle and need > self._obtainable() - self._taken[source]:
+            idle = self._idle.get(source)
+            if idle and idle.length != hit and need > self._obtainable() - self._taken[source]:
                 source, hit = -1, 0  # there is no room for both
         if not sequence.generated:
             self.queries += len(tokens)
@@ -109,8 +111,9 @@ class KVRows:
         del self._running[row]
         if keep and self._caching and length >= BLOCK:
             self._index.extend(row, sequence.cache_key, sequence.tokens, length)
-            self._idle[row] = _Idle(length, self._tick())
             self._resize(row, blocks_of(length))
+            self._idle[row] = _Idle(length, self._tick())
+            self._idle_blocks += self._taken[row]
         else:
             self._clear(row)
 
@@ -135,6 +138,8 @@ class KVRows:
             found.append(f"KV rows are lost or doubled: {rows}")
         if self._unused < 0 or self._unused + sum(self._taken) != self._blocks:
             found.append(f"KV blocks: {self._taken} taken, {self._unused} of {self._blocks} left")
+        if self._idle_blocks != sum(self._taken[row] for row in self._idle):
+            found.append(f"idle KV rows take other than {self._idle_blocks} blocks")
         if any(self._taken[row] for row in self._free):
             found.append("a free KV row takes memory")
         for row, sequence in self._running.items():
@@ -146,7 +151,7 @@ class KVRows:
         return found
 
     def _obtainable(self) -> int:
-        return self._unused + sum(self._taken[row] for row in self._idle)
+        return self._unused + self._idle_blocks
 
     def _tick(self) -> int:
         self._clock += 1
@@ -167,7 +172,7 @@ class KVRows:
             return row
         else:
             row = self._least_used(spare=source) if len(self._idle) > 1 else next(iter(self._idle))
-        del self._idle[row]
+        self._wake(row)
         self._index.drop(row)
         return row
 
@@ -184,8 +189,12 @@ class KVRows:
         return min((row for row in self._idle if row != spare), key=lambda r: self._idle[r].used)
 
     def _evict(self, row: int) -> None:
-        del self._idle[row]
+        self._wake(row)
         self._clear(row)
+
+    def _wake(self, row: int) -> None:
+        del self._idle[row]
+        self._idle_blocks -= self._taken[row]
 
     def _clear(self, row: int) -> None:
         self._index.drop(row)

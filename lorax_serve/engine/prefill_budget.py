@@ -31,6 +31,8 @@ class PrefillBudget:
 
     def observe(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """A step was computed."""
+        if not (decodes or prompt_tokens):
+            return  # memory was moved, nothing computed
         if not prompt_tokens:
             known = self._alone.get(decodes, seconds)
             self._alone[decodes] = known + _SHARE * (seconds - known)

@@ -69,7 +69,9 @@ class Scheduler:
         self._parked: Counter[int] = Counter()
         """Running sequences of each adapter that has none now; their ``adapter_slot`` is BASE."""
         self._refused: set[int] = set()
-        """Adapters that could have no slot in the last step."""
+        """Adapters that asked for a slot in vain, until they get one or nobody wants them."""
+        self._short = False
+        """Whether memory for weights was short since there are any."""
         self.preemptions = 0
 
     @property
@@ -126,6 +128,7 @@ class Scheduler:
             keep: whether its keys and values are sound and may serve other prompts.
         """
         del self._running[sequence.request_id]
+        self._queue.ended(sequence)
         self._rows.release(sequence, keep=keep)
         if self._is_parked(sequence):
             _decrement(self._parked, sequence.adapter)
@@ -273,21 +276,26 @@ class Scheduler:
         them are set against those that hold slots, from the most served: who is more than a
         quantum ahead is parked for the other.
         """
-        short, self._slots.short = self._slots.short, False
-        refused, self._refused = self._refused, set()
+        self._short |= self._slots.short
+        self._slots.short = False
+        self._refused.update(a for a in self._parked if not self._slots.is_loaded(a))
         free = self._slots.capacity - len(self._users)
-        if not (self._parked or short or (free <= 0 and self._queue)):
+        if not (self._parked or self._refused or (free <= 0 and self._queue)):
+            self._short = False
             return set()
+        backlog = sorted(self._queue.backlogged(), key=lambda flow: flow.counter)
         least: dict[int, int] = {}
-        for flow in map(self._queue.flow, self._running.values()):
+        for flow in [*backlog, *map(self._queue.flow, self._running.values())]:
             if flow.adapter is not None:
                 least[flow.adapter] = min(flow.counter, least.get(flow.adapter, flow.counter))
+        self._refused &= least.keys()
+        self._short &= bool(self._refused)
         waiting: set[int] = set()
-        admits = len(self._running) < self._max_batch_size
-        for flow in self._queue.backlogged():
-            if flow.adapter is not None and admits and self._rows.fits(flow.waiting[0]):
+        for flow in backlog if len(self._running) < self._max_batch_size else ():
+            if not self._rows.fits(flow.waiting[0]):
+                break  # nor will what comes after it be admitted
+            if flow.adapter is not None:
                 waiting.add(flow.adapter)
-                least[flow.adapter] = min(flow.counter, least.get(flow.adapter, flow.counter))
         without = (waiting | self._parked.keys()) - self._users.keys()
         needy = sorted((least[a], a) for a in without if self._slots.is_loaded(a))
         leading = sorted(((least[a], a) for a in self._users), reverse=True)
@@ -301,9 +309,9 @@ class Scheduler:
         for adapter in [a for a in self._parked if a in turn] + unloaded:
             self._resume(adapter, batch)
         barred = {adapter for _, adapter in needy if adapter not in turn} | self._parked.keys()
-        if short and refused & least.keys():
+        if self._short:
             # Memory for weights is short: what is ahead ends, and leaves its memory.
-            limit = min(least[a] for a in refused & least.keys()) + self._adapter_quantum
+            limit = min(least[adapter] for adapter in self._refused) + self._adapter_quantum
             barred |= {adapter for adapter, counter in least.items() if counter > limit}
         return barred
 
@@ -326,6 +334,7 @@ class Scheduler:
         if pinned is None:
             self._refused.add(adapter)
             return None
+        self._refused.discard(adapter)
         if pinned.is_new:
             batch.loads.append((pinned.slot, adapter))
         return pinned.slot

@@ -86,8 +86,16 @@ class KVCache:
                 layer[destination, :, :length].copy_(layer[source, :, :length])
 
     def free(self, slot: int, length: int) -> None:
-        """Give back the memory of a row's positions from ``length`` on, which then read as finite
-        numbers: zeros, but for the ends of ranges that fill no page."""
+        """Give back the memory of a row's positions from ``length`` on.
+
+        A row that is freed from 0 on reads as zeros, whatever a failed sequence left there. Of
+        others, what fills no page keeps its numbers, which are finite.
+        """
+        if not self._pages:
+            if not length:
+                for layer in (*self.keys, *self.values):
+                    layer[slot].zero_()
+            return
         head = self.max_length * self._position_bytes
         first = slot * self._kv_heads * head
         spans = [(first, first + self._kv_heads * head)]
@@ -96,11 +104,15 @@ class KVCache:
             heads = range(first, first + self._kv_heads * head, head)
             spans = [(start + begin, start + head) for start in heads]
         page = mmap.PAGESIZE
-        whole = [(-(-begin // page) * page, end // page * page) for begin, end in spans]
         for pages in self._pages:
-            for begin, end in whole:
-                if begin < end:
-                    pages.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+            for begin, end in spans:
+                low, high = -(-begin // page) * page, end // page * page
+                if low < high:
+                    pages.madvise(mmap.MADV_DONTNEED, low, high - low)
+                if not length:
+                    low, high = min(low, end), max(high, begin)
+                    pages[begin:low] = bytes(low - begin)
+                    pages[high:end] = bytes(end - high)
 
     def _zeros(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device

@@ -379,3 +379,28 @@ def test_lost_accounts_are_found() -> None:
     assert "KV rows" in scheduler.problems()[0]
     first.adapter = 2
     assert "adapter pins" in scheduler.problems()[0]
+
+
+def test_a_turn_is_not_held_by_who_cannot_be_admitted() -> None:
+    """Memory is short for the request that is next, while a parked adapter holds the rest."""
+    simulation = Simulation(4, 200, 1, blocks=8, quantum=10)
+    simulation.add(100, new=100, adapter=1)
+    simulation.step()
+    simulation.add(1, new=3, adapter=2)
+    simulation.step()
+    simulation.add(100)
+    simulation.add(1, adapter=3)
+    assert simulation.run(2_000) < 2_000
+
+
+def test_a_parked_adapter_is_not_passed_by_one_newcomer_after_the_other() -> None:
+    simulation = Simulation(8, 64, 1, quantum=16)
+    long = simulation.add(8, new=200, adapter=1)
+    for _ in range(150):
+        simulation.step()
+    for adapter in range(2, 42):
+        # The one before has just ended: there is always somebody who has had less than the first.
+        simulation.add(8, new=8, adapter=adapter)
+        for _ in range(9):
+            simulation.step()
+    assert long.request_id in simulation.done
