@@ -14,6 +14,7 @@ from lorax_serve.errors import InvalidRequest, ModelUnsupported
 __all__ = ["Detokenizer", "StopMatcher", "Tokenizer"]
 
 _INCOMPLETE = "\ufffd"
+_CONTEXT = 6
 _PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
@@ -113,8 +114,14 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        # A few prompt tokens give the decoder its context (the space before a first word).
-        self._ids = list(prompt[-6:])
+        # A few prompt tokens give the decoder its context (the space before a first word). They
+        # must not begin inside a character: with byte tokens, all of a broken run is unreadable.
+        first = max(0, len(prompt) - _CONTEXT)
+        while first > max(0, len(prompt) - _CONTEXT - 3):
+            if not tokenizer.decode(prompt[first:]).startswith(_INCOMPLETE):
+                break
+            first -= 1
+        self._ids = list(prompt[first:])
         self._start = 0
         self._read = len(self._ids)
 
@@ -125,6 +132,8 @@ class Detokenizer:
         self._ids.append(token_id)
         before = self._tokenizer.decode(self._ids[self._start : self._read])
         after = self._tokenizer.decode(self._ids[self._start :])
+        if not after.startswith(before):  # a prompt's last character was completed just now
+            before = before.rstrip(_INCOMPLETE)
         if len(after) <= len(before) or after.endswith(_INCOMPLETE):
             return ""
         self._start, self._read = self._read, len(self._ids)

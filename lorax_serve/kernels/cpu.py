@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -165,7 +166,8 @@ class Arena:
             size = max(nbytes, self._block_bytes)
             # Private: huge pages of shared memory are another setting of the system's.
             pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            pages.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a system without huge pages
+                pages.madvise(mmap.MADV_HUGEPAGE)
             self._block, self._used = torch.frombuffer(pages, dtype=torch.uint8), 0
         piece = self._block[self._used : self._used + numel * dtype.itemsize]
         self._used += nbytes
@@ -220,7 +222,8 @@ class PackedLinear:
 
 
 class Kernels:
-    """The library's functions for one element type; each runs with ``torch.get_num_threads()``."""
+    """The library's functions for one element type; they run with ``torch.get_num_threads()`` as it
+    is when the library is loaded."""
 
     def __init__(self, path: str, dtype: torch.dtype) -> None:
         lib = ctypes.CDLL(path)
@@ -342,7 +345,13 @@ def load(dtype: torch.dtype, instruction_set: str | None = None) -> Kernels:
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise build.KernelsUnavailable(f"there are none for {dtype}")
-    return Kernels(str(build.library(instruction_set)), dtype)
+    path = build.library(instruction_set)
+    try:
+        return Kernels(str(path), dtype)
+    except OSError as error:  # mounted noexec, damaged, or built for another system's libraries
+        raise build.KernelsUnavailable(
+            f"{path} cannot be loaded ({error}); if it is damaged, delete it"
+        ) from error
 
 
 def address(structure: ctypes.Structure) -> int:

@@ -29,7 +29,7 @@ from lorax_serve.model.packed_lora import PackedLoRA
 from lorax_serve.model.spec import SITES_PER_LAYER, DecoderSpec
 from lorax_serve.model.weights import DecoderWeights, LayerWeights
 
-__all__ = ["CompiledDecoder"]
+__all__ = ["CompiledDecoder", "check_sizes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class CompiledDecoder:
         self.spec = spec = weights.spec
         self._embedding = weights.embedding
         self.dtype, self.device = self._embedding.dtype, self._embedding.device
-        _check(spec, self.dtype, self.device)
+        check_sizes(spec, self.dtype, self.device)
         self.kernels = load(self.dtype)
         self.lora = PackedLoRA(spec.sites(), self.dtype)
         self._cos, self._sin = (table.contiguous() for table in rope_tables(spec))
@@ -126,7 +126,7 @@ class CompiledDecoder:
         """Make room for the intermediate results of a step of ``rows`` rows."""
         if rows <= self._capacity:
             return
-        spec, self._capacity = self.spec, rows
+        spec = self.spec
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
         self._qkv = torch.empty(rows, heads + 2 * kv_heads, spec.head_dim, dtype=self.dtype)
         self._attended = torch.empty(rows, heads, spec.head_dim, dtype=self.dtype)
@@ -134,6 +134,7 @@ class CompiledDecoder:
         most = max(spec.hidden_size, spec.intermediate_size, heads * spec.head_dim)
         nbytes = self.kernels.linear_scratch(most)
         self._linear_scratch = torch.empty(rows, nbytes, dtype=torch.uint8)
+        self._capacity = rows  # only now: an allocation may have failed
 
     def _pack(self, layer: LayerWeights, arena: Arena, max_length: int) -> _Layer:
         spec, eps = self.spec, self.spec.norm_eps
@@ -170,7 +171,12 @@ class CompiledDecoder:
         )
 
 
-def _check(spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> None:
+def check_sizes(spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> None:
+    """Whether the kernels take a model.
+
+    Raises:
+        KernelsUnavailable: naming the size that they do not take.
+    """
     if device.type != "cpu":
         raise KernelsUnavailable(f"they run on the CPU, not on {device}")
     dot = PANEL * step_of(dtype)  # a register of a dot product

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +23,9 @@ __all__ = ["KVCache", "affordable_tokens"]
 # What cached keys and values may take of the memory that is free at the start; the rest is for
 # adapters, activations and other processes.
 _MEMORY_SHARE = 3
+# Most of what is mapped is never touched; the system need not have it all. Python 3.11 has no name
+# for Linux's flag.
+_MAP_NORESERVE = 0x4000
 
 
 class KVCache:
@@ -122,9 +126,10 @@ class KVCache:
         # The kernel gives zeroed pages as they are touched; torch.zeros would touch them all. Small
         # pages, or the first token of each row and head would take 2 MiB.
         # Private: shared pages could not be given back.
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=private)
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
+        with suppress(OSError):  # a system without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
         self._pages.append(pages)
         return torch.frombuffer(pages, dtype=dtype).view(shape)
 
@@ -136,8 +141,12 @@ def affordable_tokens(bytes_per_token: int) -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
         free = min(free, int(kib) * 1024)
-        # A container's limit; "max" where there is none.
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError, StopIteration):
+        # What a container's limit leaves ("max" where there is none); file pages can be dropped.
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, max(0, limit - used + int(stat["inactive_file"])))
+    except (OSError, ValueError, KeyError, StopIteration):
         pass
     return free // _MEMORY_SHARE // bytes_per_token

@@ -15,7 +15,7 @@ from lorax_serve.core import Batch, ModelInfo, SamplingParams, Sequence
 from lorax_serve.errors import InvalidRequest, ModelUnsupported
 from lorax_serve.kernels.build import KernelsUnavailable
 from lorax_serve.kernels.cpu import load as load_kernels
-from lorax_serve.model.compiled_decoder import CompiledDecoder
+from lorax_serve.model.compiled_decoder import CompiledDecoder, check_sizes
 from lorax_serve.model.decoder import Decoder, ForwardBatch, PromptChunk
 from lorax_serve.model.kv_cache import KVCache, affordable_tokens
 from lorax_serve.model.loader import load_weights
@@ -24,6 +24,7 @@ from lorax_serve.model.packed_lora import PackedAdapter
 from lorax_serve.model.sampler import Sample, sample
 from lorax_serve.model.source import resolve_model
 from lorax_serve.model.spec import DecoderSpec
+from lorax_serve.model.spec_cache import load_spec
 from lorax_serve.model.weights import DecoderWeights
 
 __all__ = ["HostAdapter", "ModelRunner"]
@@ -48,7 +49,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig) -> None:
         directory = resolve_model(config.model)
         device = _device(config.device)
-        dtype = _dtype(config, device)
+        dtype = _dtype(config, load_spec(directory), device)
         with load_weights(directory, dtype, device) as weights:
             self.max_length = _max_length(config, weights.spec)
             self._decoder = _decoder(config, weights, self.max_length)
@@ -197,7 +198,7 @@ def _kv_budget(config: EngineConfig, cache: KVCache, device: torch.device) -> in
     return most
 
 
-def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+def _dtype(config: EngineConfig, spec: DecoderSpec, device: torch.device) -> torch.dtype:
     """The compute type; ``auto`` is bfloat16 unless it would be computed an element at a time."""
     if config.dtype != "auto":
         named: torch.dtype = getattr(torch, config.dtype)
@@ -206,6 +207,7 @@ def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     if config.kernels != "torch":
         with suppress(KernelsUnavailable):
+            check_sizes(spec, torch.bfloat16, device)
             load_kernels(torch.bfloat16)
             return torch.bfloat16
     log.info("torch multiplies no bfloat16 on this CPU: float32, which takes twice the memory")

@@ -93,17 +93,34 @@ def _draw_rows(
     sequences: Sequence[core.Sequence],
     kernels: Kernels | None,
 ) -> list[int]:
-    chosen = [sequences[row] for row in rows]
-    params = [s.sampling for s in chosen]
-    if kernels is not None and all(p.top_k == 0 for p in params):
-        return kernels.draw(
+    """Draw a token for each of ``rows``: each row's by the same way whatever the others want, since
+    the ways round differently."""
+    if kernels is None:
+        return _draw_by_torch(logits, rows, sequences)
+    plain = [row for row in rows if sequences[row].sampling.top_k == 0]
+    cut = [row for row in rows if sequences[row].sampling.top_k]
+    found: dict[int, int] = {}
+    if plain:
+        chosen = [sequences[row] for row in plain]
+        drawn = kernels.draw(
             logits,
-            rows,
-            [p.temperature for p in params],
-            [p.top_p for p in params],
-            [p.seed for p in params],
+            plain,
+            [s.sampling.temperature for s in chosen],
+            [s.sampling.top_p for s in chosen],
+            [s.sampling.seed for s in chosen],
             [s.generated for s in chosen],
         )
+        found |= zip(plain, drawn, strict=True)
+    if cut:
+        found |= zip(cut, _draw_by_torch(logits, cut, sequences), strict=True)
+    return [found[row] for row in rows]
+
+
+def _draw_by_torch(
+    logits: torch.Tensor, rows: list[int], sequences: Sequence[core.Sequence]
+) -> list[int]:
+    chosen = [sequences[row] for row in rows]
+    params = [s.sampling for s in chosen]
     temperature = torch.tensor([p.temperature for p in params], device=logits.device)
     scaled = logits if len(rows) == len(logits) else logits[rows]
     probs = (scaled / temperature[:, None]).softmax(dim=-1)

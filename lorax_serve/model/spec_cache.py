@@ -34,12 +34,13 @@ def load_spec(directory: Path) -> DecoderSpec:
     place = cache_dir() / "specs" / f"{_key(directory)}.json"
     try:
         return _from_json(place.read_text())
-    except (OSError, ValueError, TypeError):  # not there, or not whole
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or not whole
         spec = DecoderSpec.from_directory(directory)
     with suppress(OSError):  # a cache that cannot be written costs time only
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as staged:
             staged.write(_to_json(spec))
+        Path(staged.name).chmod(0o644)  # an image's cache is written and read by different users
         Path(staged.name).replace(place)
     return spec
 
@@ -47,7 +48,8 @@ def load_spec(directory: Path) -> DecoderSpec:
 def _key(directory: Path) -> str:
     """Of all that decides what is read: the files, and the code that reads them."""
     digest = hashlib.sha256(metadata.version("transformers").encode())
-    for path in (Path(spec_module.__file__), *(directory / name for name in _FILES)):
+    code = (Path(spec_module.__file__), Path(__file__))
+    for path in (*code, *(directory / name for name in _FILES)):
         content = path.read_bytes() if path.is_file() else b""
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from lorax_serve.core import ChatMessage
 from lorax_serve.errors import InvalidRequest, ModelUnsupported
 from lorax_serve.frontend.text import Detokenizer, StopMatcher, Tokenizer
-from tests.frontend.toy_tokenizers import EOS, WORDS, save_byte_tokenizer, save_word_tokenizer
+from tests.frontend.toy_tokenizers import (
+    EOS,
+    WORDS,
+    save_byte_tokenizer,
+    save_fallback_tokenizer,
+    save_word_tokenizer,
+)
 
 # Hypothesis and fixtures of a function's scope do not go together.
 _TOKENIZERS: dict[str, Tokenizer] = {}
@@ -21,6 +27,9 @@ _TOKENIZERS: dict[str, Tokenizer] = {}
 @pytest.fixture(scope="module", autouse=True)
 def _tokenizers(tmp_path_factory: pytest.TempPathFactory) -> None:
     _TOKENIZERS["bytes"] = Tokenizer(save_byte_tokenizer(tmp_path_factory.mktemp("bytes")))
+    _TOKENIZERS["fallback"] = Tokenizer(
+        save_fallback_tokenizer(tmp_path_factory.mktemp("fallback"))
+    )
     _TOKENIZERS["words"] = Tokenizer(save_word_tokenizer(tmp_path_factory.mktemp("words")))
 
 
@@ -69,6 +78,24 @@ def test_pieces_make_up_the_text(text: str) -> None:
     pieces = pieces_of(text, prompt="before: ")
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "fallback"])
+@pytest.mark.parametrize("prompt", ["", "a", "😀", "😀😀", "x😀😀", "語語語", "é語😀", "a語bc"])
+@pytest.mark.parametrize("text", ["😀b", "語😀", "b😀"])
+def test_what_the_prompt_ends_with_does_not_matter(kind: str, prompt: str, text: str) -> None:
+    tokenizer = _TOKENIZERS[kind]
+    detokenizer = Detokenizer(tokenizer, tokenizer.encode(prompt) if prompt else [])
+    assert "".join(detokenizer.push(token) for token in tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("kind", ["bytes", "fallback"])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_character_that_the_prompt_begins_is_completed(kind: str, cut: int) -> None:
+    tokenizer = _TOKENIZERS[kind]
+    ids = tokenizer.encode("so😀on")
+    detokenizer = Detokenizer(tokenizer, ids[: 2 + cut])
+    assert "".join(detokenizer.push(token) for token in ids[2 + cut :]) == "😀on"
 
 
 def run(matcher: StopMatcher, chunks: list[str]) -> tuple[str, str | None]:

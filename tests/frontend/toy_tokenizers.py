@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot: one of words, one of bytes."""
+"""Tokenizers made on the spot: one of words, two of bytes."""
 
 from __future__ import annotations
 
@@ -39,6 +39,19 @@ def save_byte_tokenizer(directory: Path) -> Path:
     backend = Backend(models.BPE(vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    return _save(backend, directory, None)
+
+
+def save_fallback_tokenizer(directory: Path) -> Path:
+    """Letters, and bytes for all else, as Llama 2's and Mistral's: the decoder joins bytes that
+    follow each other, and can read either all of them or none."""
+    letters = [chr(code) for code in range(32, 127)]
+    tokens = (*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *letters)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Backend(
+        models.BPE(vocabulary, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=False)
+    )
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return _save(backend, directory, None)
 
 
