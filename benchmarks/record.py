@@ -16,7 +16,7 @@ from typing import Any
 
 from lorax_serve.kernels.build import compiler
 
-__all__ = ["machine", "package_versions", "write_result"]
+__all__ = ["has_bfloat16", "package_versions", "write_result"]
 
 _PACKAGES = ("torch", "transformers", "peft", "grpcio", "numpy", "lorax-serve")
 # What decides which matrix products a CPU can run.
@@ -45,7 +45,7 @@ def write_result(
         "commit": _commit(),
         "versions": {**package_versions(_PACKAGES), **(versions or {})},
         "python": platform.python_version(),
-        "machine": machine(),
+        "machine": _machine(),
     }
     path.write_text(json.dumps({**context, **result}, indent=2) + "\n")
     return path
@@ -74,8 +74,12 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def machine() -> dict[str, Any]:
-    """The processor, memory, system and compiler."""
+def has_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16; without, torch's are slow."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(_machine()["cpu_flags"]))
+
+
+def _machine() -> dict[str, Any]:
     return {
         "processor": _proc("cpuinfo", "model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),

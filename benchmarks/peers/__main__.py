@@ -27,7 +27,7 @@ from benchmarks.peers.cases import CASES, Case
 from benchmarks.peers.child import Child, PeerFailed
 from benchmarks.peers.setup_vllm import VLLM_PYTHON, set_up
 from benchmarks.plot import Chart
-from benchmarks.record import machine
+from benchmarks.record import has_bfloat16
 from lorax_serve.model.source import resolve_model
 from lorax_serve.model.spec import DecoderSpec
 
@@ -145,11 +145,6 @@ def main() -> None:
         comparison.close()
     publish("peers", options, result(comparison))
     sys.exit("ours" in comparison.failed)
-
-
-def has_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16."""
-    return bool({"avx512_bf16", "amx_bf16"} & set(machine()["cpu_flags"]))
 
 
 def _systems(text: str) -> list[str]:
