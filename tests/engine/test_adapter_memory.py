@@ -29,9 +29,8 @@ class InProcess:
 
     def __init__(self, model: Path, **config: Any) -> None:
         self.inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
-        settings = EngineConfig(
-            model=str(model), dtype="float32", max_batch_size=4, max_sequence_length=64, **config
-        )
+        sizes = {"max_batch_size": 4, "max_sequence_length": 64}
+        settings = EngineConfig(model=str(model), dtype="float32", **{**sizes, **config})
         self.runner = ModelRunner(settings)
         self.loader = AdapterLoader(self.runner.linear_modules, self.runner.fold, self.inbox.put)
         self.engine = Engine(settings, self.runner, self.loader)
@@ -158,6 +157,19 @@ def test_an_adapter_is_read_while_it_waits_for_a_place(
     assert not set(running) & set(small.ended)
     small.finish([*running, waiting])
     assert small.stats.adapters.late_reads == 0
+
+
+def test_a_cold_adapter_gets_in_though_another_could_always_fill_the_batch(
+    tiny_model: Path, adapters: list[Path], sizes: list[int]
+) -> None:
+    small = InProcess(tiny_model, max_adapter_bytes=max(sizes), max_batch_size=1, adapter_quantum=8)
+    for version in (4, 2):  # of one size, and memory holds the last of them
+        small.load(version, adapters[version - 1])
+    busy = [small.submit(2) for _ in range(20)]
+    cold = small.submit(4)
+    small.finish([cold])
+    assert len(set(busy) & set(small.ended)) < 10
+    small.finish(busy)
 
 
 def test_files_that_changed_fail_their_own_requests_only(
