@@ -85,7 +85,7 @@ def _machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "cpu_flags": [f for f in _CPU_FLAGS if f in (_proc("cpuinfo", "flags") or "").split()],
         "memory_gib": round(int((_proc("meminfo", "MemTotal") or "0").split()[0]) / 2**20, 1),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "compiler": _compiler(),
     }
 
