@@ -120,7 +120,8 @@ class Turn(NamedTuple):
 async def alternate(turns: Mapping[str, Turn], repeats: int) -> dict[str, list[Run]]:
     """Give each case its turn in each of ``repeats`` rounds, after a warm-up (round -1).
 
-    All systems but the one whose turn it is are paused.
+    Every other round goes in the opposite order, so that no case profits from its place. All
+    systems but the one whose turn it is are paused.
     """
     runs: dict[str, list[Run]] = {name: [] for name in turns}
     systems = list({id(turn.system): turn.system for turn in turns.values()}.values())
@@ -128,7 +129,7 @@ async def alternate(turns: Mapping[str, Turn], repeats: int) -> dict[str, list[R
         system.pause()
     try:
         for number in range(-1, repeats):
-            for name, turn in turns.items():
+            for name, turn in list(turns.items())[:: 1 if number % 2 else -1]:
                 turn.system.resume()
                 run = await drive(turn.system, turn.requests(number), turn.in_flight)
                 turn.system.pause()
