@@ -47,9 +47,9 @@ def main(config: EngineConfig, link: socket.socket) -> None:
 
 
 def _serve(config: EngineConfig, link: socket.socket, inbox: queue.SimpleQueue[object]) -> None:
-    # Read by the OpenMP runtime when torch loads it. A thread that waits for others gives up its
-    # core after some 10 us, not milliseconds: on cores that others use too, steps are a third
-    # faster, and no slower on idle ones.
+    # Read by the OpenMP runtime when torch loads it. A thread that waits for others soon
+    # gives up its core: on cores that others use too, steps are a quarter to a third faster, and
+    # no slower on idle ones (docs/performance.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         import torch
