@@ -13,8 +13,8 @@ import torch
 
 from lorax_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, LoRAConfig, save
 from lorax_serve.adapter.weights import tensor_name
+from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.source import cache_dir
-from lorax_serve.model.spec import DecoderSpec
 
 __all__ = ["adapter_bytes", "adapters_cache", "random_adapters", "write_random_adapter"]
 
@@ -53,7 +53,7 @@ def write_random_adapter(directory: Path, model: Path, rank: int, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     config = _config(model, rank)
-    for path, shape in DecoderSpec.from_directory(model).linear_modules().items():
+    for path, shape in read_spec(model).linear_modules().items():
         if not shape.is_output:
             a = torch.randn(rank, shape.in_features, generator=generator)
             b = torch.randn(shape.out_features, rank, generator=generator)
@@ -64,13 +64,13 @@ def write_random_adapter(directory: Path, model: Path, rank: int, seed: int) -> 
 
 def adapter_bytes(model: Path, rank: int) -> int:
     """Bytes of such an adapter's weights."""
-    modules = DecoderSpec.from_directory(model).linear_modules().values()
+    modules = read_spec(model).linear_modules().values()
     features = sum(m.in_features + m.out_features for m in modules if not m.is_output)
     return 2 * rank * features
 
 
 def _config(model: Path, rank: int) -> LoRAConfig:
-    modules = DecoderSpec.from_directory(model).linear_modules()
+    modules = read_spec(model).linear_modules()
     # By their names: not every peer knows PEFT's "all-linear".
     targets = {path.rpartition(".")[2] for path, shape in modules.items() if not shape.is_output}
     return LoRAConfig(r=rank, lora_alpha=rank, target_modules=tuple(sorted(targets)))

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from lorax_serve._version import __version__
 from lorax_serve.errors import ModelUnsupported, TrainingError
+from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.source import resolve_model
-from lorax_serve.model.spec import DecoderSpec
 from lorax_train.base import (
     Tokenizer,
     choose_device,
@@ -174,7 +174,7 @@ def _save(
 def _why_not_served(source: Path, adapter: TrainableLoRA) -> str | None:
     """What the server would say to this model, or to LoRA on these modules; None if nothing."""
     try:
-        sites = DecoderSpec.from_directory(source).sites()
+        sites = read_spec(source).sites()
     except ModelUnsupported as error:
         return str(error)
     known = {part.path for site in sites for part in site.slices}

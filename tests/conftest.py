@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorax_serve.model.source import resolve_model
-from tests.helpers import TINY_LLAMA, save_peft_adapter, save_tiny_model
+from tests.helpers import TINY_GPT2, TINY_LLAMA, save_peft_adapter, save_tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama in float32, with a word-level tokenizer."""
     directory = tmp_path_factory.mktemp("tiny-llama")
     save_tiny_model(directory, TINY_LLAMA)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer GPT-2 in float32, with a word-level tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny-gpt2")
+    save_tiny_model(directory, TINY_GPT2)
     return directory
 
 

@@ -10,6 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
@@ -54,6 +55,16 @@ TINY_LLAMA = LlamaConfig(
     pad_token_id=0,
     tie_word_embeddings=False,
 )
+TINY_GPT2 = GPT2Config(
+    vocab_size=128,
+    n_embd=48,
+    n_layer=2,
+    n_head=6,
+    n_positions=256,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 
 
 def save_tiny_model(directory: Path, config: PreTrainedConfig, seed: int = 7) -> None:
@@ -69,7 +80,7 @@ def save_tiny_model(directory: Path, config: PreTrainedConfig, seed: int = 7) ->
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=0.12)
-            elif "norm" in name:
+            elif name.endswith(".weight"):  # of a norm
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(std=0.1)

@@ -28,8 +28,8 @@ from benchmarks.peers.child import Child, PeerFailed
 from benchmarks.peers.setup_vllm import VLLM_PYTHON, set_up
 from benchmarks.plot import Chart
 from benchmarks.record import has_bfloat16
+from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.source import resolve_model
-from lorax_serve.model.spec import DecoderSpec
 
 SYSTEMS = {
     "ours": (sys.executable, "benchmarks.peers.ours_worker"),
@@ -63,7 +63,7 @@ class Comparison:
         self.failed: dict[str, str] = {}
         self.options = options
         self._model = resolve_model(options.model)
-        self._vocab_size = DecoderSpec.from_directory(self._model).vocab_size
+        self._vocab_size = read_spec(self._model).vocab_size
         self._children: dict[str, Child] = {}
         for name in options.systems:
             with self._may_fail(name):

@@ -64,7 +64,8 @@ class CompiledDecoder:
         arena = Arena()
         self._layers = [self._pack(layer, arena, max_length) for layer in weights.layers]
         head = F.pad(weights.head, (0, 0, 0, -spec.vocab_size % PANEL))
-        self._head = PackedLinear.pack(head, None, arena, norm=weights.norm, eps=spec.norm_eps)
+        norm = weights.norm.weight
+        self._head = PackedLinear.pack(head, None, arena, norm=norm, eps=spec.norm_eps)
         group = spec.num_heads // spec.num_kv_heads
         self._attend_scratch = self.kernels.attend_scratch(group, spec.head_dim, max_length)
         self._capacity = 0
@@ -139,7 +140,7 @@ class CompiledDecoder:
     def _pack(self, layer: LayerWeights, arena: Arena, max_length: int) -> _Layer:
         spec, eps = self.spec, self.spec.norm_eps
         norms = [
-            None if norm is None else norm.contiguous()
+            None if norm is None else norm.weight.contiguous()
             for norm in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
         ]
         input_norm, post_norm, q_norm, k_norm = norms
@@ -175,10 +176,19 @@ def check_sizes(spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> 
     """Whether the kernels take a model.
 
     Raises:
-        KernelsUnavailable: naming the size that they do not take.
+        KernelsUnavailable: naming the part or the size that they do not take.
     """
     if device.type != "cpu":
         raise KernelsUnavailable(f"they run on the CPU, not on {device}")
+    parts = {
+        f"{spec.norm} norm": spec.norm == "rms",
+        "learned positions": not spec.learned_positions,
+        f"an MLP with {spec.activation}": spec.activation == "silu",
+        "an MLP without a gate": spec.gated,
+    }
+    other = [part for part, written in parts.items() if not written]
+    if other:
+        raise KernelsUnavailable(f"they are not written for {', '.join(other)}")
     dot = PANEL * step_of(dtype)  # a register of a dot product
     sizes = {
         "hidden_size": (spec.hidden_size, dot),

@@ -1,4 +1,4 @@
-"""A lean Llama-like forward over a flat batch of tokens of many sequences, in plain torch.
+"""A lean forward over a flat batch of tokens of many sequences, in plain torch.
 
 It runs on every device, and is the reference of ``compiled_decoder``, which has the same calls.
 Rows 0..D-1 are one token each of the decoding sequences; then come the prompt chunks, one after
@@ -7,8 +7,9 @@ the other. Everything but attention treats all rows alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,17 @@ import torch.nn.functional as F
 
 from lorax_serve.model.kv_cache import KVCache
 from lorax_serve.model.multi_lora import LoRABatch, MultiLoRA
-from lorax_serve.model.spec import SITES_PER_LAYER, DecoderSpec
-from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights
+from lorax_serve.model.spec import SITES_PER_LAYER, Activation, DecoderSpec
+from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
 
 __all__ = ["Decoder", "ForwardBatch", "PromptChunk", "rope_tables"]
+
+_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +64,14 @@ class _Step:
     """What all layers share.
 
     Attributes:
+        rope: cos and sin of the rows' positions, ``[T, 1, head_dim / 2]``; None without RoPE.
         kv_index: where the rows' keys and values go (``KVCache.index``).
         decode_rows: the KV slot of each decoding row, int64 ``[D]``; None if it is 0..D-1.
         decode_mask: bool ``[S, 1, 1, L]`` over KV slots 0..S-1 and positions 0..L-1.
         prompt_masks: a mask a prompt, see ``_attend_prompt``.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    rope: tuple[torch.Tensor, torch.Tensor] | None
     kv_index: torch.Tensor
     num_decodes: int
     decode_rows: torch.Tensor | None
@@ -86,14 +94,20 @@ class Decoder:
     def __init__(self, weights: DecoderWeights) -> None:
         self.spec = weights.spec
         self._embedding = weights.embedding
+        self._positions = weights.positions
         self._layers = list(weights.layers)
         self._norm = weights.norm
         self._head = weights.head
         self.dtype, self.device = self._embedding.dtype, self._embedding.device
         self.lora = MultiLoRA(self.spec.sites(), self.device)
-        cos, sin = rope_tables(self.spec)
-        self._cos = cos[:, None].to(self.device, self.dtype)
-        self._sin = sin[:, None].to(self.device, self.dtype)
+        self._activation = _ACTIVATIONS[self.spec.activation]
+        self._rope = None
+        if self.spec.inv_freq is not None:
+            cos, sin = rope_tables(self.spec)
+            self._rope = (
+                cos[:, None].to(self.device, self.dtype),
+                sin[:, None].to(self.device, self.dtype),
+            )
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """Compute all rows, writing their keys and values; returns the last layer's ``[T, hidden]``
@@ -101,28 +115,32 @@ class Decoder:
         """
         step = self._prepare(batch, cache)
         x = F.embedding(batch.token_ids.to(self.device), self._embedding)
+        if self._positions is not None:
+            x = x + F.embedding(batch.positions.to(self.device), self._positions)
         for index, layer in enumerate(self._layers):
             site = index * SITES_PER_LAYER
-            h = self._rms_norm(x, layer.input_norm)
+            h = self._normed(x, layer.input_norm)
             qkv = _linear(layer.qkv, h, step.lora, site)
             attended = self._attend(layer, index, qkv, step, cache)
             x = x + _linear(layer.o, attended, step.lora, site + 1)
-            h = self._rms_norm(x, layer.post_norm)
-            gate, up = _linear(layer.gate_up, h, step.lora, site + 2).chunk(2, dim=-1)
-            x = x + _linear(layer.down, F.silu(gate) * up, step.lora, site + 3)
+            h = self._normed(x, layer.post_norm)
+            h = self._activated(_linear(layer.gate_up, h, step.lora, site + 2))
+            x = x + _linear(layer.down, h, step.lora, site + 3)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows of ``forward``'s result, ``[rows, hidden]``, to float32 ``[rows, vocab]``."""
-        return F.linear(self._rms_norm(hidden, self._norm), self._head).float()
+        return F.linear(self._normed(hidden, self._norm), self._head).float()
 
     def _prepare(self, batch: ForwardBatch, cache: KVCache) -> _Step:
         positions, slots = batch.positions.to(self.device), batch.kv_slots.to(self.device)
         count = batch.num_decodes
         rows, mask = _decode_layout(batch.kv_slots[:count], batch.positions[:count])
+        rope = None
+        if self._rope is not None:
+            rope = self._rope[0][positions], self._rope[1][positions]
         return _Step(
-            cos=self._cos[positions],
-            sin=self._sin[positions],
+            rope=rope,
             kv_index=cache.index(slots.long(), positions.long()),
             num_decodes=count,
             decode_rows=None if rows is None else rows.to(self.device),
@@ -132,8 +150,17 @@ class Decoder:
             lora=batch.lora,
         )
 
-    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.spec.norm_eps)
+    def _normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        size, eps = (x.shape[-1],), self.spec.norm_eps
+        if self.spec.norm == "layer":
+            return F.layer_norm(x, size, norm.weight, norm.bias, eps)
+        return F.rms_norm(x, size, norm.weight, eps)
+
+    def _activated(self, y: torch.Tensor) -> torch.Tensor:
+        if not self.spec.gated:
+            return self._activation(y)
+        gate, up = y.chunk(2, dim=-1)
+        return self._activation(gate) * up
 
     def _attend(
         self,
@@ -148,8 +175,9 @@ class Decoder:
         rows = qkv.view(len(qkv), -1, spec.head_dim)
         q, k, v = torch.split(rows, [heads, kv_heads, kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)
-        q, k = _rotate(q, step.cos, step.sin), _rotate(k, step.cos, step.sin)
+            q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
+        if step.rope is not None:
+            q, k = _rotate(q, *step.rope), _rotate(k, *step.rope)
         cache.write(index, step.kv_index, k, v)
         keys, values = cache.keys[index], cache.values[index]
         out = torch.empty_like(q)
@@ -249,6 +277,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def rope_tables(spec: DecoderSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, float32 ``[max_positions, head_dim / 2]``."""
+    """cos and sin of a spec with RoPE, float32 ``[max_positions, head_dim / 2]``."""
+    assert spec.inv_freq is not None
     angles = torch.arange(spec.max_positions, dtype=torch.float32)[:, None] * spec.inv_freq
     return angles.cos() * spec.rope_scale, angles.sin() * spec.rope_scale

@@ -12,9 +12,9 @@ import safetensors
 import torch
 
 from lorax_serve.errors import ModelUnsupported
-from lorax_serve.model.spec import SITES_PER_LAYER, DecoderSpec, Site
+from lorax_serve.model.spec import SITES_PER_LAYER, DecoderSpec, Layout, Site
 from lorax_serve.model.spec_cache import load_spec
-from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights
+from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
 
 __all__ = ["load_weights"]
 
@@ -39,7 +39,7 @@ def load_weights(
     """
     spec = load_spec(directory)
     with ExitStack() as stack:
-        checkpoint = _Checkpoint(directory, stack, dtype, device)
+        checkpoint = _Checkpoint(directory, spec.layout, stack, dtype, device)
         yield _weights(spec, checkpoint)
     left = checkpoint.unread()
     if left:
@@ -50,12 +50,18 @@ def load_weights(
 
 
 class _Checkpoint:
-    """Tensors by name over all shards; remembers which were read."""
+    """Tensors by their names in the whole model, over all shards; remembers which were read."""
 
     def __init__(
-        self, directory: Path, stack: ExitStack, dtype: torch.dtype, device: torch.device
+        self,
+        directory: Path,
+        layout: Layout,
+        stack: ExitStack,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._directory = directory
+        self._buffers = layout.buffers
         self._dtype = dtype
         self._device = device
         self._shard_of: dict[str, Any] = {}
@@ -68,11 +74,14 @@ class _Checkpoint:
                     error
                 )
             self._shard_of |= dict.fromkeys(shard.keys(), shard)
+        whole = any(name.startswith(f"{layout.inner}.") for name in self._shard_of)
+        self._left_out = "" if whole else f"{layout.inner}."
 
     def __contains__(self, name: str) -> bool:
-        return name in self._shard_of
+        return name.removeprefix(self._left_out) in self._shard_of
 
     def get(self, name: str, *shape: int) -> torch.Tensor:
+        name = name.removeprefix(self._left_out)
         if name not in self._shard_of:
             raise ModelUnsupported(f"{self._directory}: the checkpoint has no tensor {name}")
         tensor = self._shard_of[name].get_tensor(name)
@@ -86,11 +95,9 @@ class _Checkpoint:
         return result
 
     def unread(self) -> list[str]:
-        # Old checkpoints carry RoPE's frequencies, which the config determines.
+        # Old checkpoints carry RoPE's frequencies or causal masks.
         return sorted(
-            name
-            for name in self._shard_of.keys() - self._read
-            if not name.endswith("rotary_emb.inv_freq")
+            name for name in self._shard_of.keys() - self._read if not name.endswith(self._buffers)
         )
 
 
@@ -107,57 +114,71 @@ def _shards(directory: Path) -> Iterator[Path]:
 
 
 def _weights(spec: DecoderSpec, checkpoint: _Checkpoint) -> DecoderWeights:
-    embedding = checkpoint.get("model.embed_tokens.weight", spec.vocab_size, spec.hidden_size)
+    names, hidden = spec.layout, spec.hidden_size
+    embedding = checkpoint.get(f"{names.in_model(names.embedding)}.weight", spec.vocab_size, hidden)
+    positions = None
+    if names.positions is not None:
+        path = names.in_model(names.positions)
+        positions = checkpoint.get(f"{path}.weight", spec.max_positions, hidden)
     sites = spec.sites()
     layers = (
         _layer(spec, checkpoint, index, sites[index * SITES_PER_LAYER :][:SITES_PER_LAYER])
         for index in range(spec.num_layers)
     )
-    norm = checkpoint.get("model.norm.weight", spec.hidden_size)
+    norm = _norm(spec, checkpoint, names.in_model(names.norm), hidden)
     if not spec.tied_embeddings:
-        head = checkpoint.get("lm_head.weight", spec.vocab_size, spec.hidden_size)
+        head = checkpoint.get("lm_head.weight", spec.vocab_size, hidden)
     else:
         head = embedding
         if "lm_head.weight" in checkpoint:  # some checkpoints store the tied copy
-            stored = checkpoint.get("lm_head.weight", spec.vocab_size, spec.hidden_size)
+            stored = checkpoint.get("lm_head.weight", spec.vocab_size, hidden)
             if not torch.equal(stored, embedding):
                 raise ModelUnsupported("lm_head.weight differs from the embedding it is tied to")
-    return DecoderWeights(spec, embedding, norm, head, layers)
+    return DecoderWeights(spec, embedding, positions, norm, head, layers)
 
 
 def _layer(
     spec: DecoderSpec, checkpoint: _Checkpoint, index: int, sites: list[Site]
 ) -> LayerWeights:
-    prefix = f"model.layers.{index}"
-    hidden = spec.hidden_size
-    qkv, o, gate_up, down = (_fused(checkpoint, site) for site in sites)
+    names = spec.layout
+    qkv, o, gate_up, down = (_fused(spec, checkpoint, site) for site in sites)
 
-    def head_norm(name: str) -> torch.Tensor | None:
-        if not spec.qk_norm:
-            return None
-        return checkpoint.get(f"{prefix}.self_attn.{name}.weight", spec.head_dim)
+    def norm(name: str, size: int = spec.hidden_size) -> Norm:
+        return _norm(spec, checkpoint, names.in_layer(index, name), size)
 
+    q_norm, k_norm = (
+        (None, None)
+        if names.qk_norm is None
+        else (norm(name, spec.head_dim) for name in names.qk_norm)
+    )
     return LayerWeights(
-        input_norm=checkpoint.get(f"{prefix}.input_layernorm.weight", hidden),
+        input_norm=norm(names.input_norm),
         qkv=qkv,
-        q_norm=head_norm("q_norm"),
-        k_norm=head_norm("k_norm"),
+        q_norm=q_norm,
+        k_norm=k_norm,
         o=o,
-        post_norm=checkpoint.get(f"{prefix}.post_attention_layernorm.weight", hidden),
+        post_norm=norm(names.post_norm),
         gate_up=gate_up,
         down=down,
     )
 
 
-def _fused(checkpoint: _Checkpoint, site: Site) -> LinearWeights:
+def _norm(spec: DecoderSpec, checkpoint: _Checkpoint, path: str, size: int) -> Norm:
+    weight = checkpoint.get(f"{path}.weight", size)
+    return Norm(weight, checkpoint.get(f"{path}.bias", size) if spec.norm == "layer" else None)
+
+
+def _fused(spec: DecoderSpec, checkpoint: _Checkpoint, site: Site) -> LinearWeights:
+    conv1d = spec.layout.conv1d
     weights = [
-        checkpoint.get(f"{part.path}.weight", part.length, site.in_features) for part in site.slices
+        checkpoint.get(f"{part.path}.weight", site.in_features, part.length).T
+        if conv1d
+        else checkpoint.get(f"{part.path}.weight", part.length, site.in_features)
+        for part in site.slices
     ]
+    has_bias = [conv1d or f"{part.path}.bias" in checkpoint for part in site.slices]
     biases = [
-        checkpoint.get(f"{part.path}.bias", part.length)
-        if f"{part.path}.bias" in checkpoint
-        else weight.new_zeros(part.length)
-        for part, weight in zip(site.slices, weights, strict=True)
+        checkpoint.get(f"{part.path}.bias", part.length) if has else weight.new_zeros(part.length)
+        for part, weight, has in zip(site.slices, weights, has_bias, strict=True)
     ]
-    has_bias = any(f"{part.path}.bias" in checkpoint for part in site.slices)
-    return LinearWeights(torch.cat(weights), torch.cat(biases) if has_bias else None)
+    return LinearWeights(torch.cat(weights), torch.cat(biases) if any(has_bias) else None)

@@ -13,12 +13,15 @@ import tempfile
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lorax_serve.model import architectures
 from lorax_serve.model import spec as spec_module
+from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.source import cache_dir
-from lorax_serve.model.spec import DecoderSpec
+from lorax_serve.model.spec import DecoderSpec, Layout
 
 __all__ = ["load_spec"]
 
@@ -26,16 +29,16 @@ _FILES = ("config.json", "generation_config.json")
 
 
 def load_spec(directory: Path) -> DecoderSpec:
-    """``DecoderSpec.from_directory(directory)``, which is asked only the first time.
+    """``read_spec(directory)``, which is asked only the first time.
 
     Raises:
-        ModelUnsupported: as ``from_directory``; refusals are not kept.
+        ModelUnsupported: as ``read_spec``; refusals are not kept.
     """
     place = cache_dir() / "specs" / f"{_key(directory)}.json"
     try:
         return _from_json(place.read_text())
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not whole
-        spec = DecoderSpec.from_directory(directory)
+        spec = read_spec(directory)
     with suppress(OSError):  # a cache that cannot be written costs time only
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as staged:
@@ -48,7 +51,7 @@ def load_spec(directory: Path) -> DecoderSpec:
 def _key(directory: Path) -> str:
     """Of all that decides what is read: the files, and the code that reads them."""
     digest = hashlib.sha256(metadata.version("transformers").encode())
-    code = (Path(spec_module.__file__), Path(__file__))
+    code = (Path(spec_module.__file__), Path(architectures.__file__), Path(__file__))
     for path in (*code, *(directory / name for name in _FILES)):
         content = path.read_bytes() if path.is_file() else b""
         digest.update(len(content).to_bytes(8, "little") + content)
@@ -56,12 +59,15 @@ def _key(directory: Path) -> str:
 
 
 def _to_json(spec: DecoderSpec) -> str:
-    fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-    return json.dumps(fields | {"inv_freq": spec.inv_freq.tolist()})
+    return json.dumps(dataclasses.asdict(spec), default=torch.Tensor.tolist)
 
 
 def _from_json(text: str) -> DecoderSpec:
     fields = json.loads(text)
-    fields["inv_freq"] = torch.tensor(fields["inv_freq"], dtype=torch.float32)
+    if fields["inv_freq"] is not None:
+        fields["inv_freq"] = torch.tensor(fields["inv_freq"], dtype=torch.float32)
     fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
+    layout: dict[str, Any] = fields["layout"]
+    tuples = {name: tuple(value) for name, value in layout.items() if isinstance(value, list)}
+    fields["layout"] = Layout(**(layout | tuples))
     return DecoderSpec(**fields)

@@ -9,7 +9,7 @@ import torch
 
 from lorax_serve.model.spec import DecoderSpec
 
-__all__ = ["DecoderWeights", "LayerWeights", "LinearWeights"]
+__all__ = ["DecoderWeights", "LayerWeights", "LinearWeights", "Norm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,15 +21,23 @@ class LinearWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer; the norms are vectors."""
+class Norm:
+    """Of the kind that the spec names; weight and bias ``[size]``, RMSNorm's bias is None."""
 
-    input_norm: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer; without a gate, ``gate_up`` is the up projection alone."""
+
+    input_norm: Norm
     qkv: LinearWeights
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    q_norm: Norm | None
+    k_norm: Norm | None
     o: LinearWeights
-    post_norm: torch.Tensor
+    post_norm: Norm
     gate_up: LinearWeights
     down: LinearWeights
 
@@ -38,11 +46,13 @@ class LayerWeights:
 class DecoderWeights:
     """All but the layers, which ``layers`` reads one by one: each may be released before the next.
 
-    ``head`` is ``embedding`` itself where the two are tied.
+    ``head`` is ``embedding`` itself where the two are tied; ``positions`` is the table of learned
+    ones, ``[max_positions, hidden]``.
     """
 
     spec: DecoderSpec
     embedding: torch.Tensor
-    norm: torch.Tensor
+    positions: torch.Tensor | None
+    norm: Norm
     head: torch.Tensor
     layers: Iterator[LayerWeights]

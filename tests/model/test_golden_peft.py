@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import BASE, Batch, SamplingParams, Sequence
-from tests.helpers import TINY_LLAMA, needs_kernels, save_peft_adapter, save_tiny_model
+from tests.helpers import TINY_GPT2, TINY_LLAMA, needs_kernels, save_peft_adapter, save_tiny_model
 from tests.model.logits_runner import LogitsRunner, load
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -38,35 +39,80 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "layers_to_transform": [1],
     },
 }
+GPT2_ADAPTERS: dict[str, dict[str, Any]] = {
+    "rank4": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["c_attn", "c_proj"],  # attention's and the MLP's
+        "fan_in_fan_out": True,
+    },
+    "rank16_rslora": {
+        "r": 16,
+        "lora_alpha": 16,
+        "use_rslora": True,
+        "target_modules": "all-linear",
+        "fan_in_fan_out": True,
+    },
+    "pattern": {
+        "r": 8,
+        "lora_alpha": 12,
+        "target_modules": r".*\.(attn\.c_proj|c_fc)",
+        "rank_pattern": {"c_fc": 3, r"h\.1\.attn\.c_proj": 5},
+        "alpha_pattern": {"c_fc": 31},
+        "fan_in_fan_out": True,
+    },
+    "layers": {
+        "r": 2,
+        "lora_alpha": 5,
+        "target_modules": ["c_attn", "c_fc"],
+        "layers_to_transform": [1],
+    },
+}
 STEPS = 20
 TOLERANCE = 1e-4
 
 
+# PEFT corrects the flag, which does not change unmerged LoRA, and says so.
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 @pytest.mark.parametrize(
-    ("device", "kernels"),
+    ("base_name", "adapters", "device", "kernels"),
     [
-        pytest.param("cpu", "torch", id="torch"),
-        pytest.param("cpu", "compiled", id="compiled", marks=needs_kernels),
-        pytest.param("cuda", "torch", id="cuda", marks=pytest.mark.gpu),
+        pytest.param("tiny_model", ADAPTERS, "cpu", "torch", id="torch"),
+        pytest.param("tiny_model", ADAPTERS, "cpu", "compiled", id="compiled", marks=needs_kernels),
+        pytest.param("tiny_model", ADAPTERS, "cuda", "torch", id="cuda", marks=pytest.mark.gpu),
+        pytest.param("tiny_gpt2", GPT2_ADAPTERS, "cpu", "torch", id="gpt2"),
+        pytest.param(
+            "tiny_gpt2", GPT2_ADAPTERS, "cuda", "torch", id="gpt2-cuda", marks=pytest.mark.gpu
+        ),
     ],
 )
 def test_mixed_batch_equals_peft_alone(
-    tiny_model: Path, make_adapter: Callable[..., Path], device: str, kernels: str
+    base_name: str,
+    adapters: dict[str, dict[str, Any]],
+    device: str,
+    kernels: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
+    model_directory: Path = request.getfixturevalue(base_name)
     runner = LogitsRunner(
         EngineConfig(
-            model=str(tiny_model),
+            model=str(model_directory),
             dtype="float32",
             max_batch_size=12,
             device=device,
             kernels=kernels,
         )
     )
-    names: list[str | None] = [None, *ADAPTERS, None, *ADAPTERS]
-    slots = {name: slot for slot, name in enumerate(ADAPTERS)}
+    names: list[str | None] = [None, *adapters, None, *adapters]
+    slots = {name: slot for slot, name in enumerate(adapters)}
     directories = {}
-    for seed, (key, config) in enumerate(ADAPTERS.items()):
-        directories[key] = make_adapter(key, seed, **config)
+    for seed, (key, config) in enumerate(adapters.items()):
+        torch.manual_seed(seed)
+        directories[key] = save_peft_adapter(model_directory, tmp_path / key, **config)
+        written = directories[key] / "adapter_config.json"
+        asked = {"fan_in_fan_out": config.get("fan_in_fan_out", False)}
+        written.write_text(json.dumps(json.loads(written.read_text()) | asked))
         load(runner, slots[key], directories[key])
     generator = torch.Generator().manual_seed(3)
     sequences = []
@@ -87,10 +133,10 @@ def test_mixed_batch_equals_peft_alone(
                 rows.append(model(ids).logits[0, -1])
         return rows
 
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
     peft_models = {
         key: PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), path
+            AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32), path
         ).eval()
         for key, path in directories.items()
     }
@@ -139,7 +185,7 @@ def test_prefill_logits_equal_peft(tiny_model: Path, make_adapter: Callable[...,
 
 
 def architectures() -> dict[str, Any]:
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
     sizes = {
         key: value
@@ -162,10 +208,17 @@ def architectures() -> dict[str, Any]:
         "mistral": MistralConfig(**sizes, sliding_window=None),
         "qwen2": Qwen2Config(**sizes),
         "qwen3": Qwen3Config(**sizes),
+        "gpt2": TINY_GPT2,
+        "gpt2_relu_and_untied": GPT2Config(
+            **TINY_GPT2.to_diff_dict()
+            | {"activation_function": "relu", "n_inner": 80, "tie_word_embeddings": False}
+        ),
+        "gpt2_gelu": GPT2Config(**TINY_GPT2.to_diff_dict() | {"activation_function": "gelu"}),
     }
 
 
-@pytest.mark.parametrize("kind", ["llama3_rope_and_biases", "mistral", "qwen2", "qwen3"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("kind", architectures())
 def test_other_architectures_equal_transformers(kind: str, tmp_path: Path) -> None:
     config = architectures()[kind]
     save_tiny_model(tmp_path / "model", config)

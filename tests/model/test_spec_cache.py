@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorax_serve.model import spec_cache
+from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.spec import DecoderSpec
 from lorax_serve.model.spec_cache import load_spec
 
@@ -43,9 +45,19 @@ def test_the_second_time_nothing_is_read_with_transformers(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = load_spec(directory)
-    assert same(fresh, DecoderSpec.from_directory(directory))
-    monkeypatch.setattr(DecoderSpec, "from_directory", None)
+    assert same(fresh, read_spec(directory))
+    monkeypatch.setattr(spec_cache, "read_spec", None)
     assert same(load_spec(directory), fresh)
+
+
+def test_a_spec_without_rope_is_kept_too(
+    tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAX_CACHE", str(tmp_path))
+    fresh = load_spec(tiny_gpt2)
+    assert fresh.inv_freq is None
+    monkeypatch.setattr(spec_cache, "read_spec", None)
+    assert same(load_spec(tiny_gpt2), fresh)
 
 
 def test_a_changed_file_is_read_again(directory: Path) -> None:

@@ -123,7 +123,8 @@ def test_a_completion_learned_by_heart_is_generated_and_ends(
     [
         ("tiny_model", "q_proj", None),
         ("tiny_model", "lm_head", "LoRA on lm_head is not applied yet"),
-        ("gpt2", "qkv", "GPT2LMHeadModel"),
+        ("gpt2", "qkv", None),
+        ("gemma2", "qkv", "Gemma2ForCausalLM"),
     ],
     indirect=["base"],
 )
