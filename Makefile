@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 BENCHMARKS := offline over_grpc startup popularity many_adapters thrash cold_load base_tax \
 	long_prompt prefix load_disturbance
 
-.PHONY: setup demo test lint proto bench bench-peers bench-all gpu-check clean
+.PHONY: setup demo test fidelity lint proto bench bench-peers bench-all gpu-check clean
 
 setup: $(READY)
 
@@ -23,6 +23,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not slow and not peers"
+
+# Every variant of LoRA that PEFT writes, in one mixed batch, against PEFT alone.
+fidelity: setup
+	$(BIN)/python -W error::UserWarning:lorax_serve -m tests.fidelity
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,8 +11,16 @@ from pathlib import Path
 
 import torch
 
-from lorax_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, LoRAConfig, save
-from lorax_serve.adapter.weights import tensor_name
+from lorax_serve.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    LoRAConfig,
+    ModuleKind,
+    ModuleShape,
+    Role,
+    save,
+    tensor_name,
+)
 from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.source import cache_dir
 
@@ -53,26 +61,28 @@ def write_random_adapter(directory: Path, model: Path, rank: int, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     config = _config(model, rank)
-    for path, shape in read_spec(model).linear_modules().items():
-        if not shape.is_output:
-            a = torch.randn(rank, shape.in_features, generator=generator)
-            b = torch.randn(shape.out_features, rank, generator=generator)
-            tensors[tensor_name(path, "A")] = (0.02 * a).bfloat16()
-            tensors[tensor_name(path, "B")] = (0.02 * b).bfloat16()
+    for path, shape in _linears(model).items():
+        a = torch.randn(rank, shape.in_features, generator=generator)
+        b = torch.randn(shape.out_features, rank, generator=generator)
+        tensors[tensor_name(path, Role.A)] = (0.02 * a).bfloat16()
+        tensors[tensor_name(path, Role.B)] = (0.02 * b).bfloat16()
     save(directory, config, tensors)
 
 
 def adapter_bytes(model: Path, rank: int) -> int:
     """Bytes of such an adapter's weights."""
-    modules = read_spec(model).linear_modules().values()
-    features = sum(m.in_features + m.out_features for m in modules if not m.is_output)
-    return 2 * rank * features
+    shapes = _linears(model).values()
+    return 2 * rank * sum(shape.in_features + shape.out_features for shape in shapes)
+
+
+def _linears(model: Path) -> dict[str, ModuleShape]:
+    modules = read_spec(model).modules().items()
+    return {path: shape for path, shape in modules if shape.kind is ModuleKind.LINEAR}
 
 
 def _config(model: Path, rank: int) -> LoRAConfig:
-    modules = read_spec(model).linear_modules()
     # By their names: not every peer knows PEFT's "all-linear".
-    targets = {path.rpartition(".")[2] for path, shape in modules.items() if not shape.is_output}
+    targets = {path.rpartition(".")[2] for path in _linears(model)}
     return LoRAConfig(r=rank, lora_alpha=rank, target_modules=tuple(sorted(targets)))
 
 

@@ -32,6 +32,9 @@ class EngineConfig:
     kernels: str = "auto"
     """Who computes the model: compiled (C++ for CPUs with AVX2, or AVX-512 with bfloat16, built at
     the first start), torch, or auto: compiled where it can be had."""
+    batch_invariant: bool = False
+    """Whether a request's tokens depend on nothing but itself: not on what is beside it, how its
+    prompt was cut, or what was cached. Prompts take longer; needs compiled kernels."""
     max_batch_size: int = 32
     """Sequences that run at once; each has its own row of the KV cache."""
     max_batch_tokens: int = 256

@@ -10,9 +10,11 @@ from lorax_serve.errors import InvalidRequest
 
 __all__ = [
     "BASE",
+    "NEVER",
     "AdapterInfo",
     "AdapterStats",
     "Batch",
+    "CacheKey",
     "ChatMessage",
     "EngineStats",
     "GenerateRequest",
@@ -27,6 +29,9 @@ __all__ = [
 
 BASE = -1
 """The slot of rows without an adapter: the base model is not an adapter and takes no slot."""
+
+NEVER = 1 << 62
+"""A position that no sequence reaches."""
 
 MAX_LOGPROBS = 20
 MAX_PRIORITY = 2
@@ -174,6 +179,18 @@ class TokenOutput:
     """With the first token: how long the request waited for its first step."""
 
 
+class CacheKey(NamedTuple):
+    """What keys and values depend on beside the tokens.
+
+    Attributes:
+        digest: of the adapter's content.
+        start: the first position that it acts on; those before are the base model's.
+    """
+
+    digest: str
+    start: int = 0
+
+
 @dataclass(slots=True)
 class Sequence:
     """A request as the engine knows it: token ids and numbers.
@@ -184,8 +201,9 @@ class Sequence:
         computed: how many of ``tokens`` have their keys and values in the cache.
         kv_slot: its row of the KV cache, -1 while it waits.
         adapter_slot: its adapter's slot on the device, ``BASE`` without adapter or while it waits.
-        cache_key: digest of the adapter's content, None for the base model: what its keys and
-            values depend on beside the tokens.
+        adapter_start: the first position that its adapter acts on: 0, or where an activated LoRA's
+            invocation begins, ``NEVER`` if the prompt has none.
+        cache_key: None for the base model.
         priority: in [-2, 2]; each level doubles its flow's share.
         weight: its adapter's share.
         charged: how many of ``tokens`` its flow was charged for; more than ``computed`` while a
@@ -205,7 +223,8 @@ class Sequence:
     computed: int = 0
     kv_slot: int = -1
     adapter_slot: int = BASE
-    cache_key: str | None = None
+    adapter_start: int = 0
+    cache_key: CacheKey | None = None
     priority: int = 0
     weight: int = 1
     charged: int = 0
@@ -221,6 +240,10 @@ class Sequence:
     def remaining(self) -> int:
         """Number of tokens that the next step could compute: 1 when decoding."""
         return len(self.tokens) - self.computed
+
+    def slot_at(self, position: int) -> int:
+        """The adapter slot of one of its tokens."""
+        return self.adapter_slot if position >= self.adapter_start else BASE
 
 
 class RowCopy(NamedTuple):
@@ -279,12 +302,23 @@ class AdapterInfo:
         max_rank: the largest rank of any module.
         num_modules: how many modules it changes.
         nbytes: bytes that it takes in host memory.
+        invocation_tokens: the last place where a prompt has them is where the adapter begins to act
+            (aLoRA); empty: it acts on all tokens.
     """
 
     digest: str
     max_rank: int
     num_modules: int
     nbytes: int
+    invocation_tokens: tuple[int, ...] = ()
+
+    def start_in(self, prompt: tuple[int, ...]) -> int:
+        """The first position of a prompt that the adapter acts on; ``NEVER`` if it does not."""
+        wanted = self.invocation_tokens
+        if not wanted:
+            return 0
+        starts = range(len(prompt) - len(wanted), -1, -1)
+        return next((at for at in starts if prompt[at : at + len(wanted)] == wanted), NEVER)
 
 
 class AdapterStats(NamedTuple):

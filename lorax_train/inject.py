@@ -15,8 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorax_serve.adapter import LinearShape, LoRAConfig
-from lorax_serve.adapter.weights import tensor_name
+from lorax_serve.adapter import LoRAConfig, ModuleKind, ModuleShape, Role, tensor_name
 from lorax_train.base import output_head
 from lorax_train.config import InjectionConfig
 from lorax_train.targets import resolve_targets
@@ -100,7 +99,7 @@ class TrainableLoRA:
     """
 
     config: LoRAConfig
-    shapes: Mapping[str, LinearShape]
+    shapes: Mapping[str, ModuleShape]
     layers: Mapping[str, LoRALinear]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -120,13 +119,13 @@ class TrainableLoRA:
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """A and B by PEFT's names, copied to the CPU in ``dtype``."""
         return {
-            tensor_name(path, side): weight.detach().to("cpu", dtype, copy=True)
+            tensor_name(path, role): weight.detach().to("cpu", dtype, copy=True)
             for path, layer in self.layers.items()
-            for side, weight in (("A", layer.lora_a), ("B", layer.lora_b))
+            for role, weight in ((Role.A, layer.lora_a), (Role.B, layer.lora_b))
         }
 
 
-def linear_shapes(model: PreTrainedModel) -> dict[str, LinearShape]:
+def linear_shapes(model: PreTrainedModel) -> dict[str, ModuleShape]:
     """Every linear module of ``model`` by path, in the model's order."""
     head = output_head(model)
     shapes = {}
@@ -137,7 +136,8 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, LinearShape]:
             size = module.weight.shape[0], module.weight.shape[1]
         else:
             continue
-        shapes[path] = LinearShape(*size, is_output=module is head)
+        kind = ModuleKind.OUTPUT if module is head else ModuleKind.LINEAR
+        shapes[path] = ModuleShape(*size, kind)
     return shapes
 
 

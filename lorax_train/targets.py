@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lorax_serve.adapter import LinearShape, LoRAConfig, select_targets
+from lorax_serve.adapter import LoRAConfig, ModuleShape, select_targets
 from lorax_serve.errors import AdapterRejected, TrainingError
 
 __all__ = ["resolve_targets"]
@@ -24,7 +24,7 @@ _QKV = frozenset(
 
 
 def resolve_targets(
-    spec: str, shapes: Mapping[str, LinearShape]
+    spec: str, shapes: Mapping[str, ModuleShape]
 ) -> tuple[list[str], tuple[str, ...]]:
     """Find the modules that ``--targets`` means.
 
@@ -65,7 +65,7 @@ def resolve_targets(
     return paths, last if _select(last, shapes) == paths else tuple(sorted(paths))
 
 
-def _select(wanted: str | Sequence[str], shapes: Mapping[str, LinearShape]) -> list[str]:
+def _select(wanted: str | Sequence[str], shapes: Mapping[str, ModuleShape]) -> list[str]:
     try:
         # from_dict is where the leaf checks a regular expression.
         names = wanted if isinstance(wanted, str) else list(wanted)

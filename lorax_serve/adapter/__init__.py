@@ -5,19 +5,28 @@ Shared by the server and the trainer; it knows neither of them, nor any model co
 
 from lorax_serve.adapter.config import LoRAConfig
 from lorax_serve.adapter.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, read, save
-from lorax_serve.adapter.targets import LinearShape, select_targets
-from lorax_serve.adapter.weights import LoRAPair, LoRAWeights, match_weights
+from lorax_serve.adapter.match import Match, match_tensors, match_weights
+from lorax_serve.adapter.modules import ModuleKind, ModuleShape
+from lorax_serve.adapter.targets import select_targets
+from lorax_serve.adapter.tensors import Role, tensor_name
+from lorax_serve.adapter.weights import LoRAPair, LoRAWeights, TokenRows
 
 __all__ = [
     "CONFIG_FILE",
     "WEIGHTS_FILE",
     "AdapterFiles",
-    "LinearShape",
     "LoRAConfig",
     "LoRAPair",
     "LoRAWeights",
+    "Match",
+    "ModuleKind",
+    "ModuleShape",
+    "Role",
+    "TokenRows",
+    "match_tensors",
     "match_weights",
     "read",
     "save",
     "select_targets",
+    "tensor_name",
 ]

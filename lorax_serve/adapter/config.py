@@ -9,22 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lorax_serve.adapter import parsing
+from lorax_serve.adapter.parsing import ALL_LINEAR, LAYERS_PATTERN, PATTERN_KEY, bad
 from lorax_serve.errors import AdapterRejected, RejectReason
 
 __all__ = ["ALL_LINEAR", "LAYERS_PATTERN", "LoRAConfig"]
-
-ALL_LINEAR = "all-linear"
-
-# PEFT's expressions around its users' patterns.
-_PATTERN_KEY = r"(.*\.)?({})$"
-LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<index>\d+)\."
-
-_MAX = sys.float_info.max
 
 # Keys that never change what a loaded adapter computes: training-time switches, provenance, and
 # parameters of initialisations that leave the base weights as they were.
@@ -32,7 +25,6 @@ _INERT = frozenset(
     {
         "auto_mapping",
         "corda_config",
-        "ensure_weight_tying",
         "eva_config",
         "inference_mode",
         "loftq_config",  # init_lora_weights="loftq" is what would change the base: see below
@@ -49,27 +41,28 @@ _INERT = frozenset(
 
 # Keys that change the forward pass or the base weights, and that this server does not apply.
 _REFUSED = {
-    "alora_invocation_tokens": "activated LoRA (aLoRA) is not applied yet",
     "arrow_config": "Arrow routing changes the forward pass",
     "kasa_config": "KaSA changes the base weights",
     "layer_replication": "layer replication changes the base model",
-    "lora_bias": "a bias on lora_B is not applied yet",
-    "modules_to_save": "full copies of modules are not applied yet",
     "monteclora_config": "MonteCLoRA changes the forward pass",
-    "target_parameters": "LoRA on bare parameters is not applied yet",
-    "trainable_token_indices": "trainable tokens are not applied yet",
+    "target_parameters": "LoRA on bare parameters (of experts, say) is not applied",
     "use_bdlora": "block-diagonal LoRA changes the forward pass",
-    "use_dora": "DoRA is not applied yet",
     "use_qalora": "QA-LoRA changes the forward pass",
 }
 
 # Initialisations that leave the base weights alone. The others (pissa, olora, corda, loftq,
-# lora_ga) move part of the base into the adapter: served on the original base they are wrong.
+# lora_ga, mica) may move part of the base into the adapter: on the original base it is wrong then.
 _HARMLESS_INIT: tuple[Any, ...] = (True, False, None, "gaussian", "eva", "orthogonal")
 
-
-def _bad(message: str) -> AdapterRejected:
-    return AdapterRejected(RejectReason.BAD_CONFIG, f"adapter_config.json: {message}")
+# Keys that old loaders do not know, and fail on even when they say nothing.
+_RECENT = (
+    "alora_invocation_tokens",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "lora_bias",
+    "trainable_token_indices",
+    "use_dora",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +90,22 @@ class LoRAConfig:
     fan_in_fan_out: bool = False
     """Whether the base stores weights transposed (Conv1D). Inert for unmerged LoRA."""
     init_lora_weights: bool | str | None = True
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of the base were trained: all, or those of the modules with LoRA."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (arXiv:2402.09353)."""
+    lora_bias: bool = False
+    """Whether ``lora_B`` has a bias."""
+    modules_to_save: tuple[str, ...] = ()
+    """Ends of paths of modules that the adapter replaces as a whole."""
+    trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Tokens whose rows the adapter replaces, by the end of the embedding's path; under "" those of
+    the input embedding."""
+    ensure_weight_tying: bool = False
+    """Whether a change of the input embedding is also one of the output that is tied to it."""
+    alora_invocation_tokens: tuple[int, ...] = ()
+    """If there are any, LoRA begins where they last occur in the prompt (aLoRA,
+    arXiv:2504.12397)."""
     task_type: str | None = "CAUSAL_LM"
     base_model_name_or_path: str | None = None
 
@@ -110,7 +118,7 @@ class LoRAConfig:
                 for something that would not be applied exactly (``unsupported``).
         """
         if not isinstance(raw, dict):
-            raise _bad(f"expected a JSON object, found {type(raw).__name__}")
+            raise bad(f"expected a JSON object, found {type(raw).__name__}")
         if raw.get("peft_type") != "LORA":
             raise AdapterRejected(
                 RejectReason.UNSUPPORTED,
@@ -118,33 +126,37 @@ class LoRAConfig:
             )
         _refuse_what_is_not_applied(raw)
         config = cls(
-            r=_positive_int(raw.get("r", 8), "r"),
-            lora_alpha=_number(raw.get("lora_alpha", 8), "lora_alpha"),
-            target_modules=_names_or_regex(raw.get("target_modules"), "target_modules"),
-            exclude_modules=_names_or_regex(raw.get("exclude_modules"), "exclude_modules"),
-            lora_dropout=_number(raw.get("lora_dropout", 0.0), "lora_dropout"),
-            use_rslora=_bool(raw.get("use_rslora"), "use_rslora"),
+            r=parsing.positive_int(raw.get("r", 8), "r"),
+            lora_alpha=parsing.number(raw.get("lora_alpha", 8), "lora_alpha"),
+            target_modules=parsing.names_or_regex(raw.get("target_modules"), "target_modules"),
+            exclude_modules=parsing.names_or_regex(raw.get("exclude_modules"), "exclude_modules"),
+            lora_dropout=parsing.number(raw.get("lora_dropout", 0.0), "lora_dropout"),
+            use_rslora=parsing.boolean(raw.get("use_rslora"), "use_rslora"),
             rank_pattern={
-                k: _positive_int(v, f"rank_pattern[{k!r}]")
-                for k, v in _pattern(raw.get("rank_pattern"), "rank_pattern").items()
+                k: parsing.positive_int(v, f"rank_pattern[{k!r}]")
+                for k, v in parsing.pattern(raw.get("rank_pattern"), "rank_pattern").items()
             },
             alpha_pattern={
-                k: _number(v, f"alpha_pattern[{k!r}]")
-                for k, v in _pattern(raw.get("alpha_pattern"), "alpha_pattern").items()
+                k: parsing.number(v, f"alpha_pattern[{k!r}]")
+                for k, v in parsing.pattern(raw.get("alpha_pattern"), "alpha_pattern").items()
             },
-            layers_to_transform=_layer_indices(raw.get("layers_to_transform")),
-            layers_pattern=_layer_patterns(raw.get("layers_pattern")),
-            fan_in_fan_out=_bool(raw.get("fan_in_fan_out"), "fan_in_fan_out"),
+            layers_to_transform=parsing.layer_indices(raw.get("layers_to_transform")),
+            layers_pattern=parsing.layer_patterns(raw.get("layers_pattern")),
+            fan_in_fan_out=parsing.boolean(raw.get("fan_in_fan_out"), "fan_in_fan_out"),
             init_lora_weights=raw.get("init_lora_weights", True),
+            bias=raw.get("bias", "none"),
+            use_dora=parsing.boolean(raw.get("use_dora"), "use_dora"),
+            lora_bias=parsing.boolean(raw.get("lora_bias"), "lora_bias"),
+            modules_to_save=parsing.module_names(raw.get("modules_to_save"), "modules_to_save"),
+            trainable_token_indices=parsing.token_indices(raw.get("trainable_token_indices")),
+            ensure_weight_tying=parsing.boolean(
+                raw.get("ensure_weight_tying"), "ensure_weight_tying"
+            ),
+            alora_invocation_tokens=parsing.invocation_tokens(raw.get("alora_invocation_tokens")),
             task_type=raw.get("task_type"),
             base_model_name_or_path=raw.get("base_model_name_or_path"),
         )
-        if not config.target_modules:
-            raise _bad("target_modules is empty; it must name the modules that the adapter changes")
-        if config.layers_to_transform and isinstance(config.target_modules, str):
-            raise _bad("layers_to_transform needs target_modules to be a list, as in PEFT")
-        if config.layers_pattern and not config.layers_to_transform:
-            raise _bad("layers_pattern needs layers_to_transform, as in PEFT")
+        config._check()
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,9 +172,21 @@ class LoRAConfig:
             elif isinstance(value, Mapping):
                 value = dict(value)
             out[spec.name] = value
-        if not self.exclude_modules:
-            del out["exclude_modules"]
+        tokens = self.trainable_token_indices
+        if "" in tokens:
+            out["trainable_token_indices"] = list(tokens[""])
+        for key in _RECENT:
+            if not getattr(self, key):
+                del out[key]
         return dict(sorted(out.items()))
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initialisation moved a part of the base weights into the adapter, which is
+        wrong on the original base until it is converted (PEFT:
+        ``save_pretrained(..., path_initial_model_for_weight_conversion=...)``)."""
+        init = self.init_lora_weights
+        return not any(init is ok or init == ok for ok in _HARMLESS_INIT)
 
     def rank_for(self, path: str) -> int:
         """The rank of the module at ``path`` (a full module path such as ``model.layers.0...``)."""
@@ -177,11 +201,37 @@ class LoRAConfig:
         rank = self.rank_for(path)
         return self.alpha_for(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def _check(self) -> None:
+        """Refuse what PEFT itself refuses, and combinations that are not applied."""
+        if not self.target_modules:
+            raise bad("target_modules is empty; it must name the modules that the adapter changes")
+        if self.layers_to_transform and isinstance(self.target_modules, str):
+            raise bad("layers_to_transform needs target_modules to be a list, as in PEFT")
+        if self.layers_pattern and not self.layers_to_transform:
+            raise bad("layers_pattern needs layers_to_transform, as in PEFT")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise bad(f"bias must be 'none', 'all' or 'lora_only', found {self.bias!r}")
+        if self.use_dora and self.lora_bias:
+            raise bad("use_dora and lora_bias exclude each other, as in PEFT")
+        together = {
+            "bias": self.bias != "none",
+            "modules_to_save": self.modules_to_save,
+            "trainable_token_indices": self.trainable_token_indices,
+            "use_dora": self.use_dora,
+        }
+        if self.alora_invocation_tokens and any(together.values()):
+            # Outside LoRA these would act on the tokens before the invocation too.
+            named = ", ".join(key for key, on in together.items() if on)
+            raise AdapterRejected(
+                RejectReason.UNSUPPORTED,
+                f"adapter_config.json: alora_invocation_tokens with {named} is not applied",
+            )
+
 
 def _pattern_key(patterns: Mapping[str, Any], path: str) -> str:
     """PEFT's ``get_pattern_key``: the first key, in order, that matches the end of the path."""
     for key in patterns:
-        if re.match(_PATTERN_KEY.format(key), path):
+        if re.match(PATTERN_KEY.format(key), path):
             return key
     return path
 
@@ -195,90 +245,3 @@ def _refuse_what_is_not_applied(raw: Mapping[str, Any]) -> None:
         raise AdapterRejected(
             RejectReason.UNSUPPORTED, f"adapter_config.json: {key}={value!r}: {why}"
         )
-    if raw.get("bias", "none") != "none":
-        raise AdapterRejected(
-            RejectReason.UNSUPPORTED,
-            f"adapter_config.json: bias={raw['bias']!r}: trained biases are not applied yet",
-        )
-    init = raw.get("init_lora_weights", True)
-    if not any(init is ok or init == ok for ok in _HARMLESS_INIT):
-        raise AdapterRejected(
-            RejectReason.UNSUPPORTED,
-            f"adapter_config.json: init_lora_weights={init!r} changes the base weights, so the "
-            "adapter is wrong on the original base; convert it to a plain LoRA first (PEFT: "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...))",
-        )
-
-
-def _positive_int(value: object, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _bad(f"{key} must be a whole number of at least 1, found {value!r}")
-    return value
-
-
-def _number(value: object, key: str) -> float:
-    # The bounds refuse NaN and infinity too, and whole numbers that no float can hold.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX:
-        raise _bad(f"{key} must be a finite number, found {value!r}")
-    return value
-
-
-def _bool(value: object, key: str) -> bool:
-    if value is not None and not isinstance(value, bool):
-        raise _bad(f"{key} must be true or false, found {value!r}")
-    return bool(value)
-
-
-def _as_tuple(value: object, key: str) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    raise _bad(f"{key} must be a list of strings, found {value!r}")
-
-
-def _names_or_regex(value: object, key: str) -> tuple[str, ...] | str:
-    if isinstance(value, str):
-        if value.lower() == ALL_LINEAR:
-            return ALL_LINEAR
-        _check_regex(value, key)
-        return value
-    # PEFT collects the names in a set, so their order means nothing: sort for stable files.
-    return tuple(sorted(_as_tuple(value, key)))
-
-
-def _pattern(value: object, key: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise _bad(f"{key} must be an object of module patterns, found {value!r}")
-    for pattern in value:
-        _check_regex(pattern, key, within=_PATTERN_KEY)
-    return value
-
-
-def _layer_patterns(value: object) -> tuple[str, ...]:
-    patterns = _as_tuple(value, "layers_pattern")
-    for pattern in patterns:
-        _check_regex(pattern, "layers_pattern", within=LAYERS_PATTERN)
-    return patterns
-
-
-def _check_regex(pattern: str, key: str, within: str = "{}") -> None:
-    """Refuse what does not compile where it is used: inside the expression ``within``."""
-    try:
-        re.compile(within.format(pattern))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise _bad(f"{key}: {pattern!r} is not a regular expression: {error}") from error
-
-
-def _layer_indices(value: object) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    items = value if isinstance(value, list) else [value]
-    for item in items:
-        if isinstance(item, bool) or not isinstance(item, int) or item < 0:
-            raise _bad(f"layers_to_transform must hold layer indices, found {item!r}")
-    return tuple(items)

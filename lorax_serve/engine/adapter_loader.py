@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lorax_serve import adapter as leaf
-from lorax_serve.adapter import LinearShape, LoRAWeights
+from lorax_serve.adapter import LoRAWeights, ModuleShape
 from lorax_serve.core import AdapterInfo
 from lorax_serve.errors import AdapterRejected, LoraxError, RejectReason
 from lorax_serve.model.runner import HostAdapter
@@ -66,7 +66,7 @@ class AdapterLoader:
 
     def __init__(
         self,
-        modules: dict[str, LinearShape],
+        modules: dict[str, ModuleShape],
         fold: Callable[[LoRAWeights], HostAdapter],
         finished: Callable[[LoadFinished], None],
     ) -> None:
@@ -113,7 +113,8 @@ class AdapterLoader:
         info = AdapterInfo(
             digest=files.digest,
             max_rank=weights.max_rank,
-            num_modules=len(weights.pairs),
+            num_modules=weights.num_modules,
             nbytes=folded.nbytes,
+            invocation_tokens=weights.invocation_tokens,
         )
         return LoadFinished(load, info, folded, seconds=time.perf_counter() - started)

@@ -6,7 +6,7 @@ import logging
 import time
 
 from lorax_serve.config import EngineConfig
-from lorax_serve.core import Batch, EngineStats, Sequence, StopReason, TokenOutput
+from lorax_serve.core import Batch, CacheKey, EngineStats, Sequence, StopReason, TokenOutput
 from lorax_serve.engine.adapter_loader import AdapterLoader, Load, LoadFinished
 from lorax_serve.engine.adapter_slots import AdapterSlots
 from lorax_serve.engine.adapter_store import AdapterStore
@@ -144,7 +144,11 @@ class Engine:
         return (*self._scheduler.problems(), *self._store.problems())
 
     def _submit(self, command: Submit) -> None:
-        adapter = command.adapter
+        adapter, start, key = command.adapter, 0, None
+        if adapter is not None:
+            info = self._store.info(adapter)
+            start = info.start_in(command.tokens)
+            key = CacheKey(info.digest, start)
         self._scheduler.add(
             Sequence(
                 request_id=command.request_id,
@@ -155,7 +159,8 @@ class Engine:
                 max_new_tokens=command.max_new_tokens,
                 min_new_tokens=command.min_new_tokens,
                 eos_token_ids=command.eos_token_ids,
-                cache_key=None if adapter is None else self._store.info(adapter).digest,
+                adapter_start=start,
+                cache_key=key,
                 priority=command.priority,
                 weight=command.weight,
                 arrived=time.perf_counter(),

@@ -1,4 +1,4 @@
-"""The compiled kernels as Python calls, and the forms of weights that they read.
+"""The compiled kernels as Python calls.
 
 Pointers go in as integers: a step makes some 150 calls, and each must cost about a microsecond.
 """
@@ -6,219 +6,20 @@ Pointers go in as integers: a step makes some 150 calls, and each must cost abou
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Sequence
-from contextlib import suppress
-from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
-from dataclasses import dataclass
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
-from typing import Any
 
 import torch
 
 from lorax_serve.kernels import build
+from lorax_serve.kernels.packing import PackedLinear
 
-__all__ = [
-    "ADD",
-    "GATED",
-    "PANEL",
-    "WRITE",
-    "WRITE_FLOAT",
-    "Arena",
-    "AttentionArgs",
-    "Kernels",
-    "LoRAArgs",
-    "LoRASiteArgs",
-    "PackedLinear",
-    "PromptArgs",
-    "RowsArgs",
-    "SegmentArgs",
-    "load",
-    "pack_panels",
-    "step_of",
-]
+__all__ = ["ADD", "GATED", "WRITE", "WRITE_FLOAT", "Kernels", "load"]
 
-PANEL = 16
-"""Outputs in a panel of packed weights: the float32 lanes of a register."""
 WRITE, ADD, GATED, WRITE_FLOAT = range(4)
 """What becomes of a linear's result: y = it; y += it; y = silu(gate) * up; y = it, in float32."""
 _CHUNK = 512
-MAX_PARTS = 3
-
-
-class LinearArgs(ctypes.Structure):
-    """``struct Linear`` of linear.h."""
-
-    _fields_ = (
-        ("panels", c_void_p),
-        ("bias", c_void_p),
-        ("norm", c_void_p),
-        ("in_features", c_int32),
-        ("out_features", c_int32),
-        ("eps", c_float),
-    )
-
-
-class LoRAPartArgs(ctypes.Structure):
-    """``struct LoraPart``."""
-
-    _fields_ = (
-        ("b", c_void_p),
-        ("first_rank", c_int32),
-        ("ranks", c_int32),
-        ("h_column", c_int32),
-        ("first_panel", c_int32),
-        ("panel_step", c_int32),
-        ("panels", c_int32),
-    )
-
-
-class LoRASiteArgs(ctypes.Structure):
-    """``struct LoraSite``; all zero where an adapter has no LoRA."""
-
-    _fields_ = (("a", c_void_p), ("parts", LoRAPartArgs * MAX_PARTS), ("num_parts", c_int32))
-
-
-class SegmentArgs(ctypes.Structure):
-    """``struct Segment``: ascending row numbers, and the adapter's array of sites."""
-
-    _fields_ = (("sites", c_void_p), ("rows", c_void_p), ("num_rows", c_int32))
-
-
-class LoRAArgs(ctypes.Structure):
-    """``struct Lora``."""
-
-    _fields_ = (
-        ("segments", POINTER(SegmentArgs)),
-        ("num_segments", c_int32),
-        ("h_width", c_int32),
-        ("h", c_void_p),
-    )
-
-
-class AttentionArgs(ctypes.Structure):
-    """``struct Attention`` of attention.h."""
-
-    _fields_ = (
-        ("heads", c_int32),
-        ("kv_heads", c_int32),
-        ("head_dim", c_int32),
-        ("max_length", c_int32),
-        ("scale", c_float),
-        ("eps", c_float),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
-    )
-
-
-class PromptArgs(ctypes.Structure):
-    """``struct Prompt``."""
-
-    _fields_ = (("start", c_int32), ("end", c_int32))
-
-
-class RowsArgs(ctypes.Structure):
-    """``struct Rows``."""
-
-    _fields_ = (
-        ("kv_slot", c_void_p),
-        ("position", c_void_p),
-        ("prompts", POINTER(PromptArgs)),
-        ("num_rows", c_int32),
-        ("num_decodes", c_int32),
-        ("num_prompts", c_int32),
-    )
-
-
-def step_of(dtype: torch.dtype) -> int:
-    """Elements of the reduced dimension that one multiply-accumulate consumes."""
-    return 2 if dtype == torch.bfloat16 else 1
-
-
-def pack_panels(weight: torch.Tensor) -> torch.Tensor:
-    """``[out, in]`` to panels ``[out / 16, in / step, 16, step]``, a view of the weight.
-
-    ``out`` is a multiple of 16, ``in`` of the dtype's step.
-    """
-    out_features, in_features = weight.shape
-    step = step_of(weight.dtype)
-    return weight.view(out_features // PANEL, PANEL, in_features // step, step).transpose(1, 2)
-
-
-class Arena:
-    """Memory in huge pages for weights that are read from end to end at every step.
-
-    With 4 KiB pages the hardware's prefetching stops at every page and the address translation
-    misses: 30 % of the bandwidth. Freed when the last tensor of a block is.
-    """
-
-    def __init__(self, block_bytes: int = 64 << 20) -> None:
-        self._block_bytes = block_bytes
-        self._block = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
-
-    def empty(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """A flat tensor, aligned to a cache line; its content is zero."""
-        nbytes = -(-numel * dtype.itemsize // 64) * 64
-        if self._used + nbytes > len(self._block):
-            size = max(nbytes, self._block_bytes)
-            # Private: huge pages of shared memory are another setting of the system's.
-            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with suppress(OSError):  # a system without huge pages
-                pages.madvise(mmap.MADV_HUGEPAGE)
-            self._block, self._used = torch.frombuffer(pages, dtype=torch.uint8), 0
-        piece = self._block[self._used : self._used + numel * dtype.itemsize]
-        self._used += nbytes
-        return piece.view(dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """A linear in the kernels' form. ``args`` is the address of its ``LinearArgs``.
-
-    Attributes:
-        columns: columns of the result; half the outputs if gated.
-    """
-
-    args: int
-    in_features: int
-    columns: int
-    owned: tuple[Any, ...]
-
-    @classmethod
-    def pack(
-        cls,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        arena: Arena,
-        *,
-        norm: torch.Tensor | None = None,
-        eps: float = 0.0,
-        gated: bool = False,
-    ) -> PackedLinear:
-        """Copy ``weight`` ``[out, in]`` into panels; see linear.h for gated linears."""
-        panels = pack_panels(weight)
-        bias = None if bias is None else bias.float()
-        if gated:
-            half = len(panels) // 2
-            panels = torch.stack((panels[:half], panels[half:]), dim=1)
-            if bias is not None:
-                bias = bias.view(2, half, PANEL).transpose(0, 1).flatten().contiguous()
-        packed = arena.empty(weight.numel(), weight.dtype)
-        packed.view(panels.shape).copy_(panels)
-        out_features, in_features = weight.shape
-        args = LinearArgs(
-            packed.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            None if norm is None else norm.data_ptr(),
-            in_features,
-            out_features,
-            eps,
-        )
-        columns = out_features // 2 if gated else out_features
-        return cls(ctypes.addressof(args), in_features, columns, (args, packed, bias, norm))
 
 
 class Kernels:
@@ -352,8 +153,3 @@ def load(dtype: torch.dtype, instruction_set: str | None = None) -> Kernels:
         raise build.KernelsUnavailable(
             f"{path} cannot be loaded ({error}); if it is damaged, delete it"
         ) from error
-
-
-def address(structure: ctypes.Structure) -> int:
-    """Where a structure lies; whoever takes it keeps the structure alive."""
-    return ctypes.addressof(structure)

@@ -44,6 +44,9 @@ struct LoraSite {
   const void* a;
   LoraPart parts[3];
   int32_t num_parts;
+  const float* gain;    // [out], in the order of the panels, or null: y = (x @ W.T + LoRA) * gain
+  const float* shift;   // as gain: is added to y, which has its bias too
+  const void* norm;     // [in], or null: takes the place of the linear's norm
 };
 
 struct Segment {        // rows of x that share an adapter
@@ -182,6 +185,39 @@ void expand(const Lora& lora, int site, int panel, int first, int last, float* c
       }
     }
   }
+}
+
+// What else an adapter does to one panel of its rows in [first, last), after its LoRA.
+inline void scale_and_shift(const Lora& lora, int site, int panel, int first, int last, float* c) {
+  for (int s = 0; s < lora.num_segments; s++) {
+    const Segment& segment = lora.segments[s];
+    const LoraSite& adapter = segment.sites[site];
+    if (!adapter.gain && !adapter.shift) continue;
+    const V gain = adapter.gain ? load(adapter.gain + panel * PANEL) : all(1.0f);
+    const V shift = adapter.shift ? load(adapter.shift + panel * PANEL) : zero();
+    const int32_t* begin = std::lower_bound(segment.rows, segment.rows + segment.num_rows, first);
+    const int32_t* end = std::lower_bound(begin, segment.rows + segment.num_rows, last);
+    for (; begin < end; begin++) {
+      float* row = c + long(*begin - first) * PAIR;
+      store(row, fma(load(row), gain, shift));
+    }
+  }
+}
+
+// The norm's weight for a row: its adapter's own, or the base's.
+inline const void* norm_of(int row, const Lora& lora, int site, const void* base) {
+  for (int s = 0; s < lora.num_segments; s++) {
+    const Segment& segment = lora.segments[s];
+    const void* own = segment.sites[site].norm;
+    if (own && std::binary_search(segment.rows, segment.rows + segment.num_rows, row)) return own;
+  }
+  return base;
+}
+
+inline bool own_norms(const Lora& lora, int site) {
+  for (int s = 0; s < lora.num_segments; s++)
+    if (lora.segments[s].sites[site].norm) return true;
+  return false;
 }
 
 // Dot products of R rows of x with `ranks` <= 8 rows of A, which lie one behind the other, N of them
@@ -345,9 +381,13 @@ void linear(const Linear& w, Store mode, const typename E::T* x, int rows, void*
   T* normed = (T*)scratch;
   Row* wide = (Row*)(normed + long(rows) * w.in);
   const T* h = w.norm ? normed : x;
+  const bool own = w.norm && lora && own_norms(*lora, site);
   for (int r = thread; r < rows && (w.norm || !same); r += threads) {
     const long at = long(r) * w.in;
-    if (w.norm) rms_norm_row<E>(x + at, (const T*)w.norm, w.eps, w.in, normed + at);
+    if (w.norm) {
+      const void* norm = own ? norm_of(r, *lora, site, w.norm) : w.norm;
+      rms_norm_row<E>(x + at, (const T*)norm, w.eps, w.in, normed + at);
+    }
     if constexpr (!same) to_row<E>(h + at, w.in, wide + at);
   }
   if (w.norm || !same) {
@@ -385,6 +425,8 @@ void linear(const Linear& w, Store mode, const typename E::T* x, int rows, void*
       if (lora) {
         expand<E>(*lora, site, panel, first, last, c);
         if (whole) expand<E>(*lora, site, panel + 1, first, last, c + PANEL);
+        scale_and_shift(*lora, site, panel, first, last, c);
+        if (whole) scale_and_shift(*lora, site, panel + 1, first, last, c + PANEL);
       }
       put<E>(w, mode, panel, whole, c, first, last, y);
     }

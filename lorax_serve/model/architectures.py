@@ -122,8 +122,17 @@ def _read_llama(config: Any, eos_token_ids: tuple[int, ...]) -> DecoderSpec:
         inv_freq=inv_freq,
         rope_scale=rope_scale,
         tied_embeddings=bool(config.tie_word_embeddings),
+        biased=_llama_biases(config),
         eos_token_ids=eos_token_ids,
     )
+
+
+def _llama_biases(config: Any) -> tuple[str, ...]:
+    if config.model_type == "qwen2":
+        return _LLAMA.qkv
+    attention = (*_LLAMA.qkv, _LLAMA.o) if getattr(config, "attention_bias", False) else ()
+    mlp = (*_LLAMA.gate_up, _LLAMA.down) if getattr(config, "mlp_bias", False) else ()
+    return attention + mlp
 
 
 def _read_gpt2(config: Any, eos_token_ids: tuple[int, ...]) -> DecoderSpec:
@@ -153,6 +162,7 @@ def _read_gpt2(config: Any, eos_token_ids: tuple[int, ...]) -> DecoderSpec:
         inv_freq=None,
         rope_scale=1.0,
         tied_embeddings=bool(config.tie_word_embeddings),
+        biased=(*_GPT2.qkv, _GPT2.o, *_GPT2.gate_up, _GPT2.down),
         eos_token_ids=eos_token_ids,
     )
 

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from lorax_serve.kernels.build import KernelsUnavailable
-from lorax_serve.kernels.cpu import (
-    ADD,
-    GATED,
-    PANEL,
-    WRITE,
-    WRITE_FLOAT,
-    Arena,
-    AttentionArgs,
-    PackedLinear,
-    PromptArgs,
-    RowsArgs,
-    load,
-    step_of,
-)
+from lorax_serve.kernels.cpu import ADD, GATED, WRITE, WRITE_FLOAT, load
+from lorax_serve.kernels.packing import PANEL, Arena, PackedLinear, step_of
+from lorax_serve.kernels.structs import AttentionArgs, PromptArgs, RowsArgs
 from lorax_serve.model.decoder import ForwardBatch, rope_tables
 from lorax_serve.model.kv_cache import KVCache
-from lorax_serve.model.packed_lora import PackedLoRA
+from lorax_serve.model.lora_ops import replace_logits
+from lorax_serve.model.packed_lora import PackedAdapter, PackedBatch, PackedLoRA
 from lorax_serve.model.spec import SITES_PER_LAYER, DecoderSpec
-from lorax_serve.model.weights import DecoderWeights, LayerWeights
+from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
 
 __all__ = ["CompiledDecoder", "check_sizes"]
 
@@ -45,6 +36,12 @@ class _Layer:
 class CompiledDecoder:
     """The base model in packed weights.
 
+    Args:
+        weights: of the model.
+        max_length: of the rows of the KV cache.
+        batch_invariant: attend to prompts as to tokens that decode, row by row: one kernel, one
+            order of summation, so that a row's bits do not depend on how its prompt was cut.
+
     Attributes:
         lora: the device's adapter slots.
         kernels: what computes.
@@ -53,19 +50,22 @@ class CompiledDecoder:
         KernelsUnavailable: the kernels cannot be built or run here, or not for these sizes.
     """
 
-    def __init__(self, weights: DecoderWeights, max_length: int) -> None:
+    def __init__(
+        self, weights: DecoderWeights, max_length: int, *, batch_invariant: bool = False
+    ) -> None:
         self.spec = spec = weights.spec
         self._embedding = weights.embedding
         self.dtype, self.device = self._embedding.dtype, self._embedding.device
         check_sizes(spec, self.dtype, self.device)
         self.kernels = load(self.dtype)
-        self.lora = PackedLoRA(spec.sites(), self.dtype)
         self._cos, self._sin = (table.contiguous() for table in rope_tables(spec))
         arena = Arena()
         self._layers = [self._pack(layer, arena, max_length) for layer in weights.layers]
-        head = F.pad(weights.head, (0, 0, 0, -spec.vocab_size % PANEL))
-        norm = weights.norm.weight
-        self._head = PackedLinear.pack(head, None, arena, norm=norm, eps=spec.norm_eps)
+        self._norm = weights.norm
+        norm = weights.norm.weight.contiguous()
+        self._head = PackedLinear.pack(weights.head, None, arena, norm=norm, eps=spec.norm_eps)
+        self.lora = PackedLoRA([*spec.sites(), spec.output_site()], self.dtype, self._head)
+        self._batch_invariant = batch_invariant
         group = spec.num_heads // spec.num_kv_heads
         self._attend_scratch = self.kernels.attend_scratch(group, spec.head_dim, max_length)
         self._capacity = 0
@@ -76,17 +76,22 @@ class CompiledDecoder:
         rows = len(batch.token_ids)
         self._reserve(rows)
         x = F.embedding(batch.token_ids, self._embedding)
-        prompts = [PromptArgs(prompt.start, prompt.end) for prompt in batch.prompts]
+        prompts, decodes = batch.prompts, batch.num_decodes
+        if self._batch_invariant:
+            prompts, decodes = (), rows
+        lora = None
+        if batch.lora is not None:
+            batch.lora.embed(batch.token_ids, x)
+            lora = ctypes.addressof(batch.lora.args)
         row_args = RowsArgs(
             batch.kv_slots.data_ptr(),
             batch.positions.data_ptr(),
-            (PromptArgs * len(prompts))(*prompts),
+            (PromptArgs * len(prompts))(*(PromptArgs(each.start, each.end) for each in prompts)),
             rows,
-            batch.num_decodes,
+            decodes,
             len(prompts),
         )
         row_address = ctypes.addressof(row_args)
-        lora = None if batch.lora is None else ctypes.addressof(batch.lora)
         linear, attend = self.kernels.linear, self.kernels.attend
         hidden, qkv, attended = x.data_ptr(), self._qkv.data_ptr(), self._attended.data_ptr()
         gated, scratch = self._gated.data_ptr(), self._linear_scratch.data_ptr()
@@ -108,20 +113,68 @@ class CompiledDecoder:
             linear(layer.down, ADD, gated, rows, hidden, scratch, lora, site + 3)
         return x
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
         """See ``Decoder.logits``."""
         hidden = hidden.contiguous()
         self._reserve(len(hidden))
-        out = torch.empty(len(hidden), self._head.columns)
+        changes = self.lora.output_changes(slots)
+        # All that have the base's weight in one pass; then those that have their own.
+        shared = [(rows, adapter) for rows, adapter in changes if adapter.head is None]
+        batch = PackedBatch.build(shared, len(hidden)) if shared else None
+        logits = self._output(self._head, hidden, batch)
+        for rows, adapter in changes:
+            if adapter.head is not None:
+                batch = PackedBatch.build([(range(len(rows)), adapter)], len(rows))
+                logits[rows] = self._output(adapter.head, hidden[rows], batch)
+            if adapter.tokens is not None:
+                own = logits[rows]
+                replace_logits(own, self._normed(hidden[rows], adapter), adapter.tokens)
+                logits[rows] = own
+        return logits
+
+    def site_weights(self, site: int) -> LinearWeights:
+        """See ``fold.BaseWeights``."""
+        layer, part = divmod(site, SITES_PER_LAYER)
+        if layer == len(self._layers):
+            return LinearWeights(self._head.unpack()[0][: self.spec.vocab_size])
+        packed = self._layers[layer]
+        return LinearWeights(*(packed.qkv, packed.o, packed.gate_up, packed.down)[part].unpack())
+
+    def norm_weights(self, site: int) -> Norm | None:
+        """See ``fold.BaseWeights``."""
+        layer, part = divmod(site, SITES_PER_LAYER)
+        if layer == len(self._layers):
+            return self._norm
+        packed = self._layers[layer]
+        norm = (packed.qkv.norm, None, packed.gate_up.norm, None)[part]
+        return None if norm is None else Norm(norm)
+
+    def embedding_weights(self) -> torch.Tensor:
+        """See ``fold.BaseWeights``."""
+        return self._embedding
+
+    def _output(
+        self, head: PackedLinear, hidden: torch.Tensor, batch: PackedBatch | None
+    ) -> torch.Tensor:
+        out = torch.empty(len(hidden), head.columns)
         self.kernels.linear(
-            self._head,
+            head,
             WRITE_FLOAT,
             hidden.data_ptr(),
             len(hidden),
             out.data_ptr(),
             self._linear_scratch.data_ptr(),
+            None if batch is None else ctypes.addressof(batch.args),
+            len(self._layers) * SITES_PER_LAYER,
         )
         return out[:, : self.spec.vocab_size].contiguous()
+
+    def _normed(self, hidden: torch.Tensor, adapter: PackedAdapter) -> torch.Tensor:
+        """The output's norm, the adapter's own if it has one; row by row the same bits."""
+        norm = self._norm if adapter.output_norm is None else adapter.output_norm
+        size = (self.spec.hidden_size,)
+        rows = [F.rms_norm(row, size, norm.weight, self.spec.norm_eps) for row in hidden]
+        return torch.stack(rows)
 
     def _reserve(self, rows: int) -> None:
         """Make room for the intermediate results of a step of ``rows`` rows."""

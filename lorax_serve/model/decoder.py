@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lorax_serve.model.folded import FoldedAdapter
 from lorax_serve.model.kv_cache import KVCache
+from lorax_serve.model.lora_ops import add_lora_segment, replace_logits, scale_and_shift
 from lorax_serve.model.multi_lora import LoRABatch, MultiLoRA
 from lorax_serve.model.spec import SITES_PER_LAYER, Activation, DecoderSpec
 from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
@@ -99,7 +101,7 @@ class Decoder:
         self._norm = weights.norm
         self._head = weights.head
         self.dtype, self.device = self._embedding.dtype, self._embedding.device
-        self.lora = MultiLoRA(self.spec.sites(), self.device)
+        self.lora = MultiLoRA([*self.spec.sites(), self.spec.output_site()], self.device)
         self._activation = _ACTIVATIONS[self.spec.activation]
         self._rope = None
         if self.spec.inv_freq is not None:
@@ -115,22 +117,69 @@ class Decoder:
         """
         step = self._prepare(batch, cache)
         x = F.embedding(batch.token_ids.to(self.device), self._embedding)
+        if step.lora is not None:
+            step.lora.embed(batch.token_ids.to(self.device), x)
         if self._positions is not None:
             x = x + F.embedding(batch.positions.to(self.device), self._positions)
         for index, layer in enumerate(self._layers):
             site = index * SITES_PER_LAYER
-            h = self._normed(x, layer.input_norm)
+            h = self._normed(x, layer.input_norm, step.lora, site)
             qkv = _linear(layer.qkv, h, step.lora, site)
             attended = self._attend(layer, index, qkv, step, cache)
             x = x + _linear(layer.o, attended, step.lora, site + 1)
-            h = self._normed(x, layer.post_norm)
+            h = self._normed(x, layer.post_norm, step.lora, site + 2)
             h = self._activated(_linear(layer.gate_up, h, step.lora, site + 2))
             x = x + _linear(layer.down, h, step.lora, site + 3)
         return x
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Rows of ``forward``'s result, ``[rows, hidden]``, to float32 ``[rows, vocab]``."""
-        return F.linear(self._normed(hidden, self._norm), self._head).float()
+    def logits(self, hidden: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+        """From hidden states to scores of tokens.
+
+        Args:
+            hidden: rows of ``forward``'s result, ``[rows, hidden]``.
+            slots: the adapter slot of each, ``BASE`` for none.
+
+        Returns:
+            float32 ``[rows, vocab]``.
+        """
+        logits = F.linear(self._normed(hidden, self._norm), self._head).float()
+        for rows, adapter in self.lora.output_changes(slots):
+            logits[rows] = self._own_logits(hidden[rows], adapter)
+        return logits
+
+    def site_weights(self, site: int) -> LinearWeights:
+        """See ``fold.BaseWeights``."""
+        layer, part = divmod(site, SITES_PER_LAYER)
+        if layer == len(self._layers):
+            return LinearWeights(self._head)
+        weights = self._layers[layer]
+        return (weights.qkv, weights.o, weights.gate_up, weights.down)[part]
+
+    def norm_weights(self, site: int) -> Norm | None:
+        """See ``fold.BaseWeights``."""
+        layer, part = divmod(site, SITES_PER_LAYER)
+        if layer == len(self._layers):
+            return self._norm
+        return (self._layers[layer].input_norm, None, self._layers[layer].post_norm, None)[part]
+
+    def embedding_weights(self) -> torch.Tensor:
+        """See ``fold.BaseWeights``."""
+        return self._embedding
+
+    def _own_logits(self, hidden: torch.Tensor, adapter: FoldedAdapter) -> torch.Tensor:
+        """Of rows that share an adapter that changes the output."""
+        lora, output = adapter.sites[-1], adapter.output
+        norm = self._norm if lora is None or lora.norm is None else lora.norm
+        weight = self._head if output is None or output.weight is None else output.weight
+        h = self._normed(hidden, norm)
+        y = F.linear(h, weight)
+        if lora is not None:
+            add_lora_segment(h, y, lora)
+            y = y if lora.plain else scale_and_shift(y, lora, None)
+        y = y.float()
+        if output is not None and output.tokens is not None:
+            replace_logits(y, h, output.tokens)
+        return y
 
     def _prepare(self, batch: ForwardBatch, cache: KVCache) -> _Step:
         positions, slots = batch.positions.to(self.device), batch.kv_slots.to(self.device)
@@ -150,11 +199,18 @@ class Decoder:
             lora=batch.lora,
         )
 
-    def _normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    def _normed(
+        self, x: torch.Tensor, norm: Norm, lora: LoRABatch | None = None, site: int = 0
+    ) -> torch.Tensor:
+        """The norm before a site, of each row's adapter if that has its own."""
         size, eps = (x.shape[-1],), self.spec.norm_eps
         if self.spec.norm == "layer":
-            return F.layer_norm(x, size, norm.weight, norm.bias, eps)
-        return F.rms_norm(x, size, norm.weight, eps)
+            h = F.layer_norm(x, size, norm.weight, norm.bias, eps)
+        else:
+            h = F.rms_norm(x, size, norm.weight, eps)
+        if lora is not None:
+            lora.norm(site, x, h, self._normed)
+        return h
 
     def _activated(self, y: torch.Tensor) -> torch.Tensor:
         if not self.spec.gated:
@@ -195,7 +251,7 @@ def _linear(
 ) -> torch.Tensor:
     y = F.linear(x, linear.weight, linear.bias)
     if lora is not None:
-        lora.add(site, x, y)
+        lora.add(site, x, y, linear.bias)
     return y
 
 

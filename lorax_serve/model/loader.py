@@ -169,16 +169,17 @@ def _norm(spec: DecoderSpec, checkpoint: _Checkpoint, path: str, size: int) -> N
 
 
 def _fused(spec: DecoderSpec, checkpoint: _Checkpoint, site: Site) -> LinearWeights:
-    conv1d = spec.layout.conv1d
     weights = [
         checkpoint.get(f"{part.path}.weight", site.in_features, part.length).T
-        if conv1d
+        if spec.layout.conv1d
         else checkpoint.get(f"{part.path}.weight", part.length, site.in_features)
         for part in site.slices
     ]
-    has_bias = [conv1d or f"{part.path}.bias" in checkpoint for part in site.slices]
     biases = [
-        checkpoint.get(f"{part.path}.bias", part.length) if has else weight.new_zeros(part.length)
-        for part, weight, has in zip(site.slices, weights, has_bias, strict=True)
+        checkpoint.get(f"{part.path}.bias", part.length)
+        if part.has_bias
+        else weight.new_zeros(part.length)
+        for part, weight in zip(site.slices, weights, strict=True)
     ]
-    return LinearWeights(torch.cat(weights), torch.cat(biases) if any(has_bias) else None)
+    has_bias = any(part.has_bias for part in site.slices)
+    return LinearWeights(torch.cat(weights), torch.cat(biases) if has_bias else None)

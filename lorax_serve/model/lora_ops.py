@@ -10,32 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-__all__ = ["SiteLoRA", "StackedLoRA", "add_lora_masked", "add_lora_reference", "add_lora_segment"]
+from lorax_serve.model.folded import EmbeddingChange, SiteLoRA, TokenTable
 
-
-@dataclass(frozen=True, slots=True)
-class SiteLoRA:
-    """One adapter at one fused site.
-
-    Attributes:
-        a: ``[R, in]``; the A matrices of the site's targeted slices below each other.
-        parts: a slice's rows of ``a``, its columns of the output, and its scaled B
-            ``[rank, columns]``. R is the sum of the slices' true ranks.
-    """
-
-    a: torch.Tensor
-    parts: tuple[tuple[slice, slice, torch.Tensor], ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of A and B."""
-        return self.a.nbytes + sum(b.nbytes for _, _, b in self.parts)
-
-    def to(self, device: torch.device) -> SiteLoRA:
-        """The same on ``device``; itself if it is there."""
-        parts = tuple((rows, columns, b.to(device)) for rows, columns, b in self.parts)
-        return SiteLoRA(self.a.to(device), parts)
+__all__ = [
+    "StackedLoRA",
+    "add_lora_masked",
+    "add_lora_reference",
+    "add_lora_segment",
+    "change_embeddings",
+    "replace_logits",
+    "scale_and_shift",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +92,60 @@ def add_lora_segment(x: torch.Tensor, y: torch.Tensor, adapter: SiteLoRA) -> Non
     h = x @ adapter.a.T
     for rows, columns, b in adapter.parts:
         y[:, columns].addmm_(h[:, rows], b)
+
+
+def scale_and_shift(y: torch.Tensor, lora: SiteLoRA, bias: torch.Tensor | None) -> torch.Tensor:
+    """``(y - bias) * gain + bias + shift`` for rows that share one adapter, in float32.
+
+    Args:
+        y: ``[T, out]``, LoRA and bias added; not changed.
+        lora: its gain and shift.
+        bias: ``[out]``, of the base.
+    """
+    result = y.float()
+    if lora.gain is not None:
+        own = 0 if bias is None else bias.float()
+        result = (result - own) * lora.gain + own
+    if lora.shift is not None:
+        result = result + lora.shift
+    return result.to(y.dtype)
+
+
+def change_embeddings(
+    x: torch.Tensor, token_ids: torch.Tensor, change: EmbeddingChange
+) -> torch.Tensor:
+    """The embeddings of tokens that share one adapter, ``[T, hidden]``.
+
+    Rank by rank: products of matrices round differently with their number of rows, and a token's
+    embedding must not depend on its neighbours.
+
+    Args:
+        x: ``[T, hidden]``, of the base; not changed.
+        token_ids: ``[T]``.
+        change: what the adapter does.
+    """
+    result = x if change.table is None else F.embedding(token_ids, change.table)
+    if change.tokens is not None:
+        table = change.tokens.token_ids
+        if len(table):
+            place = torch.searchsorted(table, token_ids.long()).clamp_(max=len(table) - 1)
+            known = table[place] == token_ids
+            result = torch.where(known[:, None], change.tokens.rows[place], result)
+    if change.a is not None and change.b is not None:
+        total, a = result.float(), F.embedding(token_ids, change.a).float()
+        for column, b in zip(a.T, change.b.float(), strict=True):
+            total = total + column[:, None] * b
+        result = (total if change.gain is None else total * change.gain).to(x.dtype)
+    return result
+
+
+def replace_logits(logits: torch.Tensor, h: torch.Tensor, tokens: TokenTable) -> None:
+    """Put the logits of replaced rows of the output's weight in place, a row at a time.
+
+    Args:
+        logits: float32 ``[T, vocab]``, changed in place.
+        h: ``[T, hidden]``, normed.
+        tokens: the rows.
+    """
+    for row, own in zip(logits, h, strict=True):
+        row[tokens.token_ids] = F.linear(own[None], tokens.rows)[0].float()

@@ -13,56 +13,104 @@ from typing import Any
 
 import torch
 
-from lorax_serve.core import BASE
-from lorax_serve.kernels.cpu import (
+from lorax_serve.kernels.packing import (
     PANEL,
     Arena,
-    LoRAArgs,
-    LoRASiteArgs,
-    SegmentArgs,
+    PackedLinear,
     pack_panels,
+    pad_panels,
+    panel_order,
     step_of,
 )
-from lorax_serve.model.lora_ops import SiteLoRA
-from lorax_serve.model.multi_lora import AdapterSites
+from lorax_serve.kernels.structs import LoRAArgs, LoRASiteArgs, SegmentArgs
+from lorax_serve.model.folded import EmbeddingChange, FoldedAdapter, SiteLoRA, TokenTable
+from lorax_serve.model.lora_ops import change_embeddings
+from lorax_serve.model.multi_lora import rows_by_slot
 from lorax_serve.model.spec import Site
+from lorax_serve.model.weights import Norm
 
-__all__ = ["PackedAdapter", "PackedLoRA"]
+__all__ = ["PackedAdapter", "PackedBatch", "PackedLoRA"]
 
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """All of an adapter's weights in one piece of memory, in the order in which a step reads them.
+    """All of an adapter's LoRA in one piece of memory, in the order in which a step reads it.
 
     Attributes:
         weights: per site A ``[ranks, in]``, then each slice's B in panels.
         args: the array of ``LoRASiteArgs`` that points into it, one entry a site.
         h_width: columns that ``x @ A.T`` takes at the widest site.
+        vectors: gains, shifts and norms, which ``args`` points to.
+        embedding: what it does to embeddings, or None.
+        head: the output's weight in place of the base's, or None.
+        tokens: single rows of it in place of the base's, or None.
+        output_norm: in place of the norm before the output, or None.
+        changes_output: whether one of these, or LoRA, changes the output.
     """
 
     weights: torch.Tensor
     args: Any
     h_width: int
+    vectors: tuple[torch.Tensor, ...]
+    embedding: EmbeddingChange | None
+    head: PackedLinear | None
+    tokens: TokenTable | None
+    output_norm: Norm | None
+    changes_output: bool
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all A and B."""
-        return self.weights.nbytes
+        """Bytes of everything."""
+        tensors = list(self.vectors)
+        if self.embedding is not None:
+            tensors += self.embedding.tensors
+        if self.tokens is not None:
+            tensors.append(self.tokens.rows)
+        head = 0 if self.head is None else self.head.nbytes
+        return self.weights.nbytes + head + sum(tensor.nbytes for tensor in tensors)
 
     @classmethod
-    def pack(cls, adapter: AdapterSites, sites: Sequence[Site]) -> PackedAdapter:
-        """Copy an adapter into the kernels' form."""
+    def pack(
+        cls,
+        adapter: FoldedAdapter,
+        sites: Sequence[Site],
+        dtype: torch.dtype,
+        base_head: PackedLinear,
+    ) -> PackedAdapter:
+        """Copy an adapter into the kernels' form.
+
+        Args:
+            adapter: it.
+            sites: the model's, the output's last.
+            dtype: of the weights.
+            base_head: the base's output, whose norm an adapter's own output has too.
+        """
         present = [site for site in adapter.sites if site is not None]
-        dtype = present[0].a.dtype
         weights = Arena(0).empty(sum(_numel(site) for site in present), dtype)
         args = (LoRASiteArgs * len(sites))()
+        vectors: list[torch.Tensor] = []
         used, h_width = 0, 0
         for index, (lora, site) in enumerate(zip(adapter.sites, sites, strict=True)):
             if lora is not None:
                 piece = weights[used : used + _numel(lora)]
                 h_width = max(h_width, _pack_site(lora, site, piece, args[index]))
+                vectors += _point_to_vectors(lora, site, args[index])
                 used += len(piece)
-        return cls(weights, args, h_width)
+        output = adapter.output
+        head = None
+        if output is not None and output.weight is not None:
+            head = base_head.with_weight(output.weight)
+        return cls(
+            weights,
+            args,
+            h_width,
+            tuple(vectors),
+            adapter.embedding,
+            head,
+            None if output is None else output.tokens,
+            None if adapter.sites[-1] is None else adapter.sites[-1].norm,
+            adapter.changes_output,
+        )
 
 
 def _filled(rank: int, dtype: torch.dtype) -> int:
@@ -73,7 +121,9 @@ def _filled(rank: int, dtype: torch.dtype) -> int:
 
 def _numel(lora: SiteLoRA) -> int:
     dtype = lora.a.dtype
-    return lora.a.numel() + sum(_filled(len(b), dtype) * b.shape[1] for _, _, b in lora.parts)
+    return lora.a.numel() + sum(
+        _filled(len(b), dtype) * pad_panels(b.shape[1]) for _, _, b in lora.parts
+    )
 
 
 def _pack_site(lora: SiteLoRA, site: Site, piece: torch.Tensor, args: LoRASiteArgs) -> int:
@@ -85,14 +135,14 @@ def _pack_site(lora: SiteLoRA, site: Site, piece: torch.Tensor, args: LoRASiteAr
     for part, (rows, columns, b) in zip(args.parts, lora.parts, strict=False):
         rank, width = b.shape
         filled = _filled(rank, b.dtype)
-        transposed = b.new_zeros(width, filled)
-        transposed[:, :rank] = b.T
+        transposed = b.new_zeros(pad_panels(width), filled)
+        transposed[:width, :rank] = b.T
         panels = pack_panels(transposed)
         packed = piece[size : size + panels.numel()]
         packed.view(panels.shape).copy_(panels)
         size += panels.numel()
         part.b, part.ranks, part.first_rank = packed.data_ptr(), rank, rows.start
-        part.h_column, part.panels = h_column, width // PANEL
+        part.h_column, part.panels = h_column, len(panels)
         if site.gated:  # see linear.h: the panels of gate and up alternate
             part.first_panel, part.panel_step = int(columns.start > 0), 2
         else:
@@ -101,20 +151,82 @@ def _pack_site(lora: SiteLoRA, site: Site, piece: torch.Tensor, args: LoRASiteAr
     return h_column
 
 
-class PackedLoRA:
-    """The adapter slots of a compiled decoder."""
+def _point_to_vectors(lora: SiteLoRA, site: Site, args: LoRASiteArgs) -> list[torch.Tensor]:
+    """Set gain, shift and norm in ``args``; returns what must stay alive for it."""
+    owned = []
+    if lora.gain is not None:
+        owned.append(panel_order(lora.gain, gated=site.gated, fill=1.0))
+        args.gain = owned[-1].data_ptr()
+    if lora.shift is not None:
+        owned.append(panel_order(lora.shift, gated=site.gated))
+        args.shift = owned[-1].data_ptr()
+    if lora.norm is not None:
+        owned.append(lora.norm.weight.contiguous())
+        args.norm = owned[-1].data_ptr()
+    return owned
 
-    def __init__(self, sites: Sequence[Site], dtype: torch.dtype) -> None:
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """How adapters apply to some rows.
+
+    Attributes:
+        args: for the kernels.
+        embeddings: rows, int64 ``[n]``, and what their adapter does to embeddings.
+        owned: what ``args`` points to.
+    """
+
+    args: LoRAArgs
+    embeddings: Sequence[tuple[torch.Tensor, EmbeddingChange]]
+    owned: tuple[object, ...]
+
+    def embed(self, token_ids: torch.Tensor, x: torch.Tensor) -> None:
+        """See ``LoRABatch.embed``."""
+        for rows, change in self.embeddings:
+            x[rows] = change_embeddings(x[rows], token_ids[rows], change)
+
+    @classmethod
+    def build(cls, parts: Sequence[tuple[Sequence[int], PackedAdapter]], total: int) -> PackedBatch:
+        """Of the ascending rows of each adapter, among ``total`` rows."""
+        adapters = [adapter for _, adapter in parts]
+        rows = torch.tensor([row for own, _ in parts for row in own], dtype=torch.int32)
+        segments = (SegmentArgs * len(adapters))()
+        at = rows.data_ptr()
+        for segment, (own, adapter) in zip(segments, parts, strict=True):
+            segment.sites = ctypes.addressof(adapter.args)
+            segment.rows, segment.num_rows = at, len(own)
+            at += len(own) * rows.itemsize
+        width = max(adapter.h_width for adapter in adapters)
+        h = torch.empty(total, width, dtype=adapters[0].weights.dtype)
+        embeddings = [
+            (torch.tensor(own), adapter.embedding)
+            for own, adapter in parts
+            if adapter.embedding is not None
+        ]
+        args = LoRAArgs(segments, len(adapters), width, h.data_ptr())
+        return cls(args, embeddings, (segments, rows, h, adapters))
+
+
+class PackedLoRA:
+    """The adapter slots of a compiled decoder.
+
+    Args:
+        sites: the model's, the output's last.
+        dtype: of the weights.
+        head: the base's output.
+    """
+
+    def __init__(self, sites: Sequence[Site], dtype: torch.dtype, head: PackedLinear) -> None:
         self._sites = sites
         self._dtype = dtype
+        self._head = head
         self._slots: dict[int, PackedAdapter] = {}
         self._key: tuple[object, ...] = ()
-        self._batch: LoRAArgs | None = None
-        self._owned: tuple[object, ...] = ()
+        self._batch: PackedBatch | None = None
 
-    def prepare(self, adapter: AdapterSites) -> PackedAdapter:
+    def prepare(self, adapter: FoldedAdapter) -> PackedAdapter:
         """The form that ``put`` takes and the host keeps."""
-        return PackedAdapter.pack(adapter, self._sites)
+        return PackedAdapter.pack(adapter, self._sites, self._dtype, self._head)
 
     def put(self, slot: int, adapter: PackedAdapter) -> None:
         """Bring an adapter into a slot, over what was there; nothing is copied."""
@@ -124,40 +236,25 @@ class PackedLoRA:
     def clear(self, slot: int) -> None:
         """Empty a slot and forget everything made from it."""
         self._slots.pop(slot, None)
-        self._key, self._batch, self._owned = (), None, ()
+        self._key, self._batch = (), None
 
     def batch(
         self, decode_slots: Sequence[int], prompts: Sequence[tuple[int, int, int]]
-    ) -> LoRAArgs | None:
-        """Prepare a step; see ``MultiLoRA.batch``. Valid until the next call."""
+    ) -> PackedBatch | None:
+        """Prepare a step; see ``MultiLoRA.batch``."""
         key = (tuple(decode_slots), tuple(prompts))
         if key != self._key:
-            self._batch = self._build(decode_slots, prompts)
+            rows_of = rows_by_slot(decode_slots, prompts)
+            total = max(prompt[1] for prompt in prompts) if prompts else len(decode_slots)
+            parts = [(rows, self._slots[slot]) for slot, rows in rows_of.items()]
+            self._batch = PackedBatch.build(parts, total) if parts else None
             self._key = key
         return self._batch
 
-    def _build(
-        self, decode_slots: Sequence[int], prompts: Sequence[tuple[int, int, int]]
-    ) -> LoRAArgs | None:
-        rows_of: dict[int, list[int]] = {}
-        for row, slot in enumerate(decode_slots):
-            rows_of.setdefault(slot, []).append(row)
-        for start, end, slot in prompts:
-            rows_of.setdefault(slot, []).extend(range(start, end))
-        rows_of.pop(BASE, None)
-        if not rows_of:
-            self._owned = ()
-            return None
-        adapters = [self._slots[slot] for slot in rows_of]
-        rows = torch.tensor([row for rows in rows_of.values() for row in rows], dtype=torch.int32)
-        segments = (SegmentArgs * len(adapters))()
-        at = rows.data_ptr()
-        for segment, adapter, own in zip(segments, adapters, rows_of.values(), strict=True):
-            segment.sites = ctypes.addressof(adapter.args)
-            segment.rows, segment.num_rows = at, len(own)
-            at += len(own) * rows.itemsize
-        width = max(adapter.h_width for adapter in adapters)
-        end = max(prompt[1] for prompt in prompts) if prompts else len(decode_slots)
-        h = torch.empty(end, width, dtype=self._dtype)
-        self._owned = (segments, rows, h, adapters)
-        return LoRAArgs(segments, len(adapters), width, h.data_ptr())
+    def output_changes(self, slots: Sequence[int]) -> list[tuple[list[int], PackedAdapter]]:
+        """See ``MultiLoRA.output_changes``."""
+        return [
+            (rows, self._slots[slot])
+            for slot, rows in rows_by_slot(slots, ()).items()
+            if self._slots[slot].changes_output
+        ]

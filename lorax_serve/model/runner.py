@@ -11,15 +11,16 @@ import torch
 
 from lorax_serve.adapter import LoRAWeights
 from lorax_serve.config import EngineConfig
-from lorax_serve.core import Batch, ModelInfo, SamplingParams, Sequence
+from lorax_serve.core import BASE, Batch, ModelInfo, SamplingParams, Sequence
 from lorax_serve.errors import InvalidRequest, ModelUnsupported
 from lorax_serve.kernels.build import KernelsUnavailable
 from lorax_serve.kernels.cpu import load as load_kernels
 from lorax_serve.model.compiled_decoder import CompiledDecoder, check_sizes
 from lorax_serve.model.decoder import Decoder, ForwardBatch, PromptChunk
+from lorax_serve.model.fold import fold
+from lorax_serve.model.folded import FoldedAdapter
 from lorax_serve.model.kv_cache import KVCache, affordable_tokens
 from lorax_serve.model.loader import load_weights
-from lorax_serve.model.multi_lora import AdapterSites, fold
 from lorax_serve.model.packed_lora import PackedAdapter
 from lorax_serve.model.sampler import Sample, sample
 from lorax_serve.model.source import resolve_model
@@ -29,7 +30,7 @@ from lorax_serve.model.weights import DecoderWeights
 
 __all__ = ["HostAdapter", "ModelRunner"]
 
-HostAdapter = AdapterSites | PackedAdapter
+HostAdapter = FoldedAdapter | PackedAdapter
 """An adapter in host memory, in the form that the decoder's slots take."""
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class ModelRunner:
             device,
         )
         self.kv_tokens = _kv_budget(config, self._cache, device)
-        self.linear_modules = spec.linear_modules()
+        self.modules = spec.modules()
         self.info = ModelInfo(
             model=config.model,
             directory=str(Path(directory).resolve()),
@@ -82,9 +83,8 @@ class ModelRunner:
         )
 
     def fold(self, weights: LoRAWeights) -> HostAdapter:
-        """``multi_lora.fold``, then the form that the decoder's slots take; thread-safe."""
-        folded = fold(weights, self._decoder.spec.sites(), self._decoder.dtype)
-        return self._decoder.lora.prepare(folded)
+        """``fold.fold``, then the form that the decoder's slots take; thread-safe."""
+        return self._decoder.lora.prepare(fold(weights, self._decoder))
 
     def put_adapter(self, slot: int, adapter: HostAdapter) -> None:
         """Bring an adapter into a device slot, over what was there."""
@@ -119,22 +119,19 @@ class ModelRunner:
         chunks = [(s, s.computed, s.computed + n) for s, n in batch.prefills]
         hidden = self._decoder.forward(self._prepare(decodes, chunks), self._cache)
         sampled, rows, row = list(decodes), list(range(len(decodes))), len(decodes)
+        slots = [s.slot_at(s.computed) for s in decodes]
         for sequence, begin, end in chunks:
             row += end - begin
             if end == len(sequence.tokens):
                 sampled.append(sequence)
                 rows.append(row - 1)
+                slots.append(sequence.slot_at(end - 1))
         if not sampled:
             return []
         if len(rows) < len(hidden):
             hidden = hidden[rows]
-        return list(
-            zip(
-                sampled,
-                sample(self._decoder.logits(hidden), sampled, self._decoder.kernels),
-                strict=True,
-            )
-        )
+        logits = self._decoder.logits(hidden, slots)
+        return list(zip(sampled, sample(logits, sampled, self._decoder.kernels), strict=True))
 
     def _prepare(
         self, decodes: Seq[Sequence], chunks: Seq[tuple[Sequence, int, int]]
@@ -149,14 +146,16 @@ class ModelRunner:
             positions += range(begin, end)
             slots += [sequence.kv_slot] * (end - begin)
             prompts.append(PromptChunk(start, len(tokens), sequence.kv_slot, end))
-            adapters.append((start, len(tokens), sequence.adapter_slot))
+            # An activated LoRA may begin within the chunk.
+            active = min(max(sequence.adapter_start, begin), end) - begin + start
+            adapters += [(start, active, BASE), (active, len(tokens), sequence.adapter_slot)]
         return ForwardBatch(
             token_ids=torch.tensor(tokens, dtype=torch.int32),
             positions=torch.tensor(positions, dtype=torch.int32),
             kv_slots=torch.tensor(slots, dtype=torch.int32),
             num_decodes=len(decodes),
             prompts=prompts,
-            lora=self._decoder.lora.batch([s.adapter_slot for s in decodes], adapters),
+            lora=self._decoder.lora.batch([s.slot_at(s.computed) for s in decodes], adapters),
         )
 
 
@@ -173,10 +172,14 @@ def _decoder(
 ) -> Decoder | CompiledDecoder:
     """The compiled decoder where this machine can run it, else the one in plain torch."""
     if config.kernels == "torch":
+        if config.batch_invariant:
+            raise ModelUnsupported("--batch-invariant needs compiled kernels, not --kernels torch")
         return Decoder(weights)
     try:
-        return CompiledDecoder(weights, max_length)
+        return CompiledDecoder(weights, max_length, batch_invariant=config.batch_invariant)
     except KernelsUnavailable as error:
+        if config.batch_invariant:
+            raise ModelUnsupported(f"--batch-invariant needs compiled kernels: {error}") from error
         if config.kernels == "compiled":
             raise ModelUnsupported(f"--kernels compiled: {error}") from error
         log.info("no compiled kernels (%s): plain torch, which is slower on a CPU", error)

@@ -14,11 +14,12 @@ from typing import Literal
 
 import torch
 
-from lorax_serve.adapter import LinearShape
+from lorax_serve.adapter import ModuleKind, ModuleShape
 
 __all__ = ["SITES_PER_LAYER", "Activation", "DecoderSpec", "Layout", "NormKind", "Site", "Slice"]
 
 SITES_PER_LAYER = 4
+OUTPUT = "lm_head"
 NormKind = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -30,19 +31,23 @@ class Slice:
     path: str
     start: int
     length: int
+    has_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
     """One fused linear, ``y = x @ W.T`` with W of ``[out_features, in_features]``.
 
-    ``gated`` says that ``activation(first half of y) * second half`` is what is made of it.
+    Attributes:
+        gated: ``activation(first half of y) * second half`` is what is made of it.
+        norm_path: the norm that x went through, None if it went through none.
     """
 
     in_features: int
     out_features: int
     slices: tuple[Slice, ...]
     gated: bool = False
+    norm_path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,7 @@ class DecoderSpec:
         activation, gated: the MLP is ``down(activation(gate) * up)``, or ``down(activation(up))``.
         inv_freq: RoPE's ``[head_dim / 2]`` in float32; None without RoPE.
         rope_scale: the factor of RoPE's cos and sin.
+        biased: the linears of a layer that have a bias, by their names in the layout.
         max_positions: tokens that a sequence may have; rows of the table of learned positions.
     """
 
@@ -114,6 +120,7 @@ class DecoderSpec:
     inv_freq: torch.Tensor | None
     rope_scale: float
     tied_embeddings: bool
+    biased: tuple[str, ...]
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -133,21 +140,33 @@ class DecoderSpec:
             size: int,
             modules: Sequence[str],
             widths: Sequence[int],
+            norm: str | None = None,
             gated: bool = False,
         ) -> Site:
-            paths = [names.in_layer(layer, module) for module in modules]
-            starts = accumulate(widths[:-1], initial=0)
-            return Site(size, sum(widths), tuple(map(Slice, paths, starts, widths)), gated)
+            slices = tuple(
+                Slice(names.in_layer(layer, module), start, width, module in self.biased)
+                for module, start, width in zip(
+                    modules, accumulate(widths[:-1], initial=0), widths, strict=True
+                )
+            )
+            norm_path = None if norm is None else names.in_layer(layer, norm)
+            return Site(size, sum(widths), slices, gated, norm_path)
 
         found = []
         for layer in range(self.num_layers):
             found += [
-                site(layer, hidden, names.qkv, qkv),
+                site(layer, hidden, names.qkv, qkv, names.input_norm),
                 site(layer, q, [names.o], [hidden]),
-                site(layer, hidden, names.gate_up, gate_up, self.gated),
+                site(layer, hidden, names.gate_up, gate_up, names.post_norm, self.gated),
                 site(layer, inner, [names.down], [hidden]),
             ]
         return found
+
+    def output_site(self) -> Site:
+        """The linear that makes logits; it comes after all of ``sites``."""
+        norm = self.layout.in_model(self.layout.norm)
+        head = Slice(OUTPUT, 0, self.vocab_size)
+        return Site(self.hidden_size, self.vocab_size, (head,), norm_path=norm)
 
     @property
     def num_parameters(self) -> int:
@@ -157,12 +176,25 @@ class DecoderSpec:
         rows += self.max_positions if self.learned_positions else 0
         return linears + rows * self.hidden_size
 
-    def linear_modules(self) -> dict[str, LinearShape]:
-        """Every linear module by its path in the transformers model, lm_head last."""
-        modules = {
-            part.path: LinearShape(site.in_features, part.length)
-            for site in self.sites()
-            for part in site.slices
-        }
-        modules["lm_head"] = LinearShape(self.hidden_size, self.vocab_size, is_output=True)
-        return modules
+    @property
+    def embedding_path(self) -> str:
+        """The path of the embedding of tokens."""
+        return self.layout.in_model(self.layout.embedding)
+
+    def modules(self) -> dict[str, ModuleShape]:
+        """Every module that an adapter may change, by its path in the transformers model."""
+        hidden, layer_norm = self.hidden_size, self.norm == "layer"
+        found = {self.embedding_path: ModuleShape(self.vocab_size, hidden, ModuleKind.EMBEDDING)}
+        if self.layout.positions is not None:
+            path = self.layout.in_model(self.layout.positions)
+            found[path] = ModuleShape(self.max_positions, hidden, ModuleKind.POSITIONS)
+        for site in (*self.sites(), self.output_site()):
+            if site.norm_path is not None:
+                found[site.norm_path] = ModuleShape(hidden, hidden, ModuleKind.NORM, layer_norm)
+            for part in site.slices:
+                found[part.path] = ModuleShape(
+                    site.in_features, part.length, has_bias=part.has_bias
+                )
+        tied_to = self.embedding_path if self.tied_embeddings else None
+        found[OUTPUT] = found[OUTPUT]._replace(kind=ModuleKind.OUTPUT, tied_to=tied_to)
+        return found

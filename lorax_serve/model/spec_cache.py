@@ -66,7 +66,8 @@ def _from_json(text: str) -> DecoderSpec:
     fields = json.loads(text)
     if fields["inv_freq"] is not None:
         fields["inv_freq"] = torch.tensor(fields["inv_freq"], dtype=torch.float32)
-    fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
+    for name in ("biased", "eos_token_ids"):
+        fields[name] = tuple(fields[name])
     layout: dict[str, Any] = fields["layout"]
     tuples = {name: tuple(value) for name, value in layout.items() if isinstance(value, list)}
     fields["layout"] = Layout(**(layout | tuples))

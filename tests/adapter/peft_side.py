@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorax_serve.adapter import LinearShape
+from lorax_serve.adapter import ModuleKind, ModuleShape
 from tests.helpers import TINY_LLAMA
 
 
@@ -24,10 +24,14 @@ def tiny_base() -> Any:
     return auto.from_config(TINY_LLAMA, dtype=torch.float32)
 
 
-def tiny_modules() -> dict[str, LinearShape]:
+def tiny_modules() -> dict[str, ModuleShape]:
     """Every linear module of the tiny Llama, from transformers' own modules."""
     return {
-        name: LinearShape(module.in_features, module.out_features, name == "lm_head")
+        name: ModuleShape(
+            module.in_features,
+            module.out_features,
+            ModuleKind.OUTPUT if name == "lm_head" else ModuleKind.LINEAR,
+        )
         for name, module in tiny_base().named_modules()
         if isinstance(module, torch.nn.Linear)
     }

@@ -27,6 +27,12 @@ CONFIGS: list[dict[str, Any]] = [
     {"target_modules": ["up_proj"], "layers_to_transform": 0},
     {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
     {"target_modules": ["q_proj"], "init_lora_weights": False},
+    {"target_modules": ["q_proj"], "use_dora": True, "bias": "lora_only"},
+    {"target_modules": ["q_proj"], "lora_bias": True, "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [4, 2]},
+    {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [4, 2]}},
+    {"target_modules": ["q_proj"], "alora_invocation_tokens": [4, 2]},
+    {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
     {
         "r": 4,
         "target_modules": ["q_proj", "v_proj"],
@@ -48,6 +54,8 @@ def rejection(raw: object) -> AdapterRejected:
 
 
 @pytest.mark.parametrize("fields", CONFIGS, ids=str)
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning")
 def test_what_peft_writes_is_read_and_what_is_written_peft_reads(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -122,23 +130,27 @@ def test_defaults_are_pefts() -> None:
         ({"peft_type": "LOHA"}, RejectReason.UNSUPPORTED, "peft_type='LOHA'"),
         ({"peft_type": None}, RejectReason.UNSUPPORTED, "peft_type=None"),
         ({"brand_new": 1}, RejectReason.UNSUPPORTED, "brand_new=1"),
-        ({"use_dora": True}, RejectReason.UNSUPPORTED, "use_dora=True"),
         ({"use_qalora": True}, RejectReason.UNSUPPORTED, "use_qalora=True"),
-        ({"lora_bias": True}, RejectReason.UNSUPPORTED, "lora_bias=True"),
-        ({"modules_to_save": ["lm_head"]}, RejectReason.UNSUPPORTED, "modules_to_save="),
-        ({"trainable_token_indices": [1]}, RejectReason.UNSUPPORTED, "trainable_token_indices="),
         ({"target_parameters": ["w"]}, RejectReason.UNSUPPORTED, "target_parameters="),
         ({"layer_replication": [[0, 1]]}, RejectReason.UNSUPPORTED, "layer_replication="),
-        ({"alora_invocation_tokens": [5]}, RejectReason.UNSUPPORTED, "alora_invocation_tokens="),
         ({"arrow_config": {"top_k": 1}}, RejectReason.UNSUPPORTED, "arrow_config="),
-        ({"bias": "all"}, RejectReason.UNSUPPORTED, "bias='all'"),
-        ({"bias": "lora_only"}, RejectReason.UNSUPPORTED, "bias='lora_only'"),
-        ({"init_lora_weights": "pissa"}, RejectReason.UNSUPPORTED, "init_lora_weights='pissa'"),
-        ({"init_lora_weights": "pissa_niter_4"}, RejectReason.UNSUPPORTED, "init_lora_weights="),
-        ({"init_lora_weights": "olora"}, RejectReason.UNSUPPORTED, "init_lora_weights='olora'"),
-        ({"init_lora_weights": "loftq"}, RejectReason.UNSUPPORTED, "init_lora_weights='loftq'"),
-        ({"init_lora_weights": ["x"]}, RejectReason.UNSUPPORTED, "init_lora_weights="),
         ({"r": 0}, RejectReason.BAD_CONFIG, "r must be"),
+        ({"bias": "some"}, RejectReason.BAD_CONFIG, "bias must be"),
+        ({"use_dora": "yes"}, RejectReason.BAD_CONFIG, "use_dora must be"),
+        ({"use_dora": True, "lora_bias": True}, RejectReason.BAD_CONFIG, "exclude each other"),
+        ({"modules_to_save": [""]}, RejectReason.BAD_CONFIG, "modules_to_save holds an empty"),
+        ({"modules_to_save": ["("]}, RejectReason.BAD_CONFIG, "modules_to_save: '('"),
+        ({"trainable_token_indices": 3}, RejectReason.BAD_CONFIG, "trainable_token_indices must"),
+        ({"trainable_token_indices": [-1]}, RejectReason.BAD_CONFIG, "must hold token ids"),
+        ({"trainable_token_indices": [1, 1]}, RejectReason.BAD_CONFIG, "names a token twice"),
+        ({"trainable_token_indices": {"": [1]}}, RejectReason.BAD_CONFIG, "trainable_token_"),
+        ({"alora_invocation_tokens": []}, RejectReason.BAD_CONFIG, "alora_invocation_tokens must"),
+        ({"alora_invocation_tokens": ["a"]}, RejectReason.BAD_CONFIG, "must hold token ids"),
+        (
+            {"alora_invocation_tokens": [5], "modules_to_save": ["lm_head"], "bias": "all"},
+            RejectReason.UNSUPPORTED,
+            "alora_invocation_tokens with bias, modules_to_save is not applied",
+        ),
         ({"r": -1}, RejectReason.BAD_CONFIG, "r must be"),
         ({"r": 4.0}, RejectReason.BAD_CONFIG, "r must be"),
         ({"r": True}, RejectReason.BAD_CONFIG, "r must be"),
@@ -186,6 +198,17 @@ def test_refusals_name_the_key(extra: dict[str, Any], reason: RejectReason, name
     assert error.reason is reason
     assert str(error).startswith("adapter_config.json: ")
     assert named in str(error)
+
+
+@pytest.mark.parametrize(
+    ("init", "changes"),
+    [
+        *((init, False) for init in (True, False, None, "gaussian", "eva", "orthogonal")),
+        *((init, True) for init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", ["x"])),
+    ],
+)
+def test_initialisations_that_change_the_base_are_known(init: object, changes: bool) -> None:
+    assert LoRAConfig.from_dict(GOOD | {"init_lora_weights": init}).changes_base is changes
 
 
 @pytest.mark.parametrize("raw", [None, [], "LORA", 3])

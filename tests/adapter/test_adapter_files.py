@@ -18,21 +18,22 @@ from hypothesis import strategies as st
 from lorax_serve.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    LinearShape,
     LoRAConfig,
+    ModuleShape,
+    Role,
     match_weights,
     read,
     save,
+    tensor_name,
 )
-from lorax_serve.adapter.weights import tensor_name
 from lorax_serve.errors import AdapterRejected, RejectReason
 from tests.adapter.peft_side import tiny_modules
 
-MODULES = {"layers.0.q": LinearShape(3, 2), "layers.0.v": LinearShape(3, 2)}
+MODULES = {"layers.0.q": ModuleShape(3, 2), "layers.0.v": ModuleShape(3, 2)}
 CONFIG = LoRAConfig(r=1, target_modules=("q",), rank_pattern={"v": 2})
 TENSORS = {
-    tensor_name("layers.0.q", "A"): torch.tensor([[1.0, 2.0, 3.0]]),
-    tensor_name("layers.0.q", "B"): torch.tensor([[0.5], [-0.5]]),
+    tensor_name("layers.0.q", Role.A): torch.tensor([[1.0, 2.0, 3.0]]),
+    tensor_name("layers.0.q", Role.B): torch.tensor([[0.5], [-0.5]]),
 }
 
 
@@ -83,7 +84,7 @@ def test_digest_covers_both_files(adapter: Path, tmp_path: Path) -> None:
     for number, (config, tensors) in enumerate(
         [
             (LoRAConfig(r=1, lora_alpha=9, target_modules=("q",)), TENSORS),
-            (CONFIG, TENSORS | {tensor_name("layers.0.q", "A"): torch.zeros(1, 3)}),
+            (CONFIG, TENSORS | {tensor_name("layers.0.q", Role.A): torch.zeros(1, 3)}),
             (CONFIG, {name + "x": tensor for name, tensor in TENSORS.items()}),
         ]
     ):
@@ -152,7 +153,7 @@ def test_config_too_large(adapter: Path) -> None:
 
 
 def test_refused_config_keeps_its_reason(adapter: Path) -> None:
-    raw = json.loads((adapter / CONFIG_FILE).read_text()) | {"use_dora": True}
+    raw = json.loads((adapter / CONFIG_FILE).read_text()) | {"use_qalora": True}
     (adapter / CONFIG_FILE).write_text(json.dumps(raw))
     assert rejection(adapter).reason is RejectReason.UNSUPPORTED
 
@@ -260,7 +261,7 @@ def test_odd_weight_headers_are_refused_or_harmless(header: st.DataObject) -> No
         "shape": header.draw(st.lists(st.sampled_from([-1, 0, 1, 2, 3, 1 << 62]), max_size=3)),
         "data_offsets": [0, header.draw(st.integers(0, 24))],
     }
-    text = json.dumps({tensor_name("layers.0.q", "A"): entry}).encode()
+    text = json.dumps({tensor_name("layers.0.q", Role.A): entry}).encode()
     size = header.draw(st.sampled_from([0, 12, 24]))
     data = len(text).to_bytes(8, "little") + text + bytes(size)
     # At least the B is missing.

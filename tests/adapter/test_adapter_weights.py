@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from lorax_serve.adapter import LinearShape, LoRAConfig, match_weights
-from lorax_serve.adapter.weights import tensor_name
+from lorax_serve.adapter import (
+    LoRAConfig,
+    ModuleKind,
+    ModuleShape,
+    Role,
+    match_tensors,
+    match_weights,
+    tensor_name,
+)
 from lorax_serve.errors import AdapterRejected, RejectReason
 
 MODULES = {
-    "layers.0.q": LinearShape(6, 4),
-    "layers.0.v": LinearShape(6, 3),
-    "layers.1.q": LinearShape(6, 4),
-    "lm_head": LinearShape(6, 9, is_output=True),
+    "layers.0.q": ModuleShape(6, 4),
+    "layers.0.v": ModuleShape(6, 3),
+    "layers.1.q": ModuleShape(6, 4),
+    "lm_head": ModuleShape(6, 9, ModuleKind.OUTPUT),
 }
 CONFIG = LoRAConfig(r=2, lora_alpha=6, target_modules=("q",), rank_pattern={"layers.1.q": 1})
-A0, B0 = (tensor_name("layers.0.q", side) for side in "AB")
-A1, B1 = (tensor_name("layers.1.q", side) for side in "AB")
+A0, B0 = (tensor_name("layers.0.q", role) for role in (Role.A, Role.B))
+A1, B1 = (tensor_name("layers.1.q", role) for role in (Role.A, Role.B))
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -49,6 +57,37 @@ def test_pairs_have_their_own_rank_and_scale(dtype: torch.dtype) -> None:
     assert second.b is given[B1]
     assert weights.max_rank == 2
     assert weights.nbytes == (12 + 8 + 6 + 4) * dtype.itemsize
+
+
+def test_an_initialisation_that_changes_the_base_is_refused_without_a_probe() -> None:
+    config = replace(CONFIG, init_lora_weights="pissa")
+    error = rejection(tensors(), config)
+    assert error.reason is RejectReason.UNSUPPORTED
+    assert "init_lora_weights='pissa'" in str(error)
+    assert match_weights(config, tensors(), MODULES, probed=True).pairs
+
+
+def test_every_problem_is_told() -> None:
+    given = tensors()
+    del given[A0]
+    given[tensor_name("layers.0.v", Role.A)] = torch.zeros(1)
+    given[B1] = torch.zeros(4, 3)
+    match = match_tensors(CONFIG, given, MODULES)
+    assert [problem.reason for problem in match.problems] == [
+        RejectReason.UNEXPECTED_TENSOR,
+        RejectReason.MISSING_TENSOR,
+        RejectReason.RANK_MISMATCH,
+    ]
+    assert match.missing == [A0]
+    assert match.unmatched == [tensor_name("layers.0.v", Role.A)]
+    assert match.weights is None
+
+
+def test_names_without_the_prefix_are_applied_with_a_warning() -> None:
+    given = {name.removeprefix("base_model.model."): t for name, t in tensors().items()}
+    match = match_tensors(CONFIG, given, MODULES)
+    assert match.weights is not None
+    assert "lack PEFT's prefix" in match.warnings[0]
 
 
 def test_dtypes_may_be_mixed() -> None:
@@ -82,17 +121,31 @@ def test_missing_tensor(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reason", "said"),
     [
-        (tensor_name("layers.0.v", "A"), RejectReason.UNEXPECTED_TENSOR, "target_modules"),
-        (tensor_name("lm_head", "B"), RejectReason.UNEXPECTED_TENSOR, "target_modules"),
-        (tensor_name("layers.2.q", "A"), RejectReason.NO_MATCH, "'layers.2.q'"),
-        (tensor_name("h.0.c_attn", "A"), RejectReason.NO_MATCH, "another model"),
-        (A0.replace("lora_A.weight", "lora_embedding_A"), RejectReason.UNSUPPORTED, "embedding"),
-        (A0.replace("lora_A.", "lora_magnitude_vector."), RejectReason.UNSUPPORTED, "DoRA"),
-        (B0.replace("weight", "bias"), RejectReason.UNSUPPORTED, "bias on lora_B"),
-        ("base_model.model.modules_to_save.w", RejectReason.UNSUPPORTED, "full copy"),
-        ("base_model.model.token_adapter.w", RejectReason.UNSUPPORTED, "trainable tokens"),
-        ("layers.0.q.lora_A.weight", RejectReason.UNSUPPORTED, "PEFT's naming"),
+        (tensor_name("layers.0.v", Role.A), RejectReason.UNEXPECTED_TENSOR, "target_modules"),
+        (tensor_name("lm_head", Role.B), RejectReason.UNEXPECTED_TENSOR, "target_modules"),
+        (tensor_name("layers.2.q", Role.A), RejectReason.NO_MATCH, "'layers.2.q'"),
+        (tensor_name("h.0.c_attn", Role.A), RejectReason.NO_MATCH, "another model"),
+        (
+            A0.replace("lora_A.weight", "lora_embedding_A"),
+            RejectReason.UNEXPECTED_TENSOR,
+            "target_modules",
+        ),
+        (
+            A0.replace("lora_A.", "lora_magnitude_vector."),
+            RejectReason.UNEXPECTED_TENSOR,
+            "use_dora is off",
+        ),
+        (B0.replace("weight", "bias"), RejectReason.UNEXPECTED_TENSOR, "lora_bias is off"),
+        ("base_model.model.lm_head.weight", RejectReason.UNEXPECTED_TENSOR, "modules_to_save"),
+        ("base_model.model.layers.0.q.bias", RejectReason.UNEXPECTED_TENSOR, "bias is 'none'"),
+        (
+            "base_model.model.lm_head.token_adapter.trainable_tokens_delta",
+            RejectReason.UNEXPECTED_TENSOR,
+            "trainable_token_indices",
+        ),
+        ("layers.0.q.lora_A.weight", RejectReason.UNEXPECTED_TENSOR, "target_modules"),
         (A0 + ".extra", RejectReason.UNSUPPORTED, "PEFT's naming"),
+        (A0.replace("_A.", "_A.default."), RejectReason.UNSUPPORTED, "an adapter's name inside"),
     ],
 )
 def test_unexpected_tensor(name: str, reason: RejectReason, said: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from lorax_serve.core import BASE, Batch, SamplingParams, Sequence
+from lorax_serve.core import BASE, Batch, CacheKey, SamplingParams, Sequence
 from lorax_serve.engine.adapter_slots import AdapterSlots
 from lorax_serve.engine.kv_rows import KVRows, blocks_of
 from lorax_serve.engine.scheduler import Scheduler
@@ -28,7 +28,7 @@ def sequence(
         max_new_tokens=new,
         min_new_tokens=0,
         eos_token_ids=frozenset(),
-        cache_key=None if adapter is None else f"digest of {adapter}",
+        cache_key=None if adapter is None else CacheKey(f"digest of {adapter}"),
         priority=priority,
         arrived=request_id,
     )

@@ -29,7 +29,7 @@ class Local:
         )
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.runner = ModelRunner(config)
-        loader = AdapterLoader(self.runner.linear_modules, self.runner.fold, self._inbox.put)
+        loader = AdapterLoader(self.runner.modules, self.runner.fold, self._inbox.put)
         self.engine = Engine(config, self.runner, loader)
         self.outputs: dict[int, list[TokenOutput]] = {}
 

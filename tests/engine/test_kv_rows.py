@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorax_serve.core import RowCopy, Sequence
+from lorax_serve.core import CacheKey, RowCopy, Sequence
 from lorax_serve.engine.kv_rows import BLOCK, KVRows
 from lorax_serve.engine.prefix_cache import PrefixIndex
 from lorax_serve.model.kv_cache import KVCache, affordable_tokens
@@ -51,7 +51,7 @@ def test_the_key_is_the_content_not_the_version() -> None:
     rows = KVRows(8, 100)
     run_through(rows, sequence(1, TEXT[:100], adapter=1))
     again = sequence(2, TEXT[:100], adapter=7)
-    again.cache_key = "digest of 1"
+    again.cache_key = CacheKey("digest of 1")
     assert run_through(rows, again) == 99
 
 
@@ -99,7 +99,7 @@ def test_without_prefix_caching_nothing_is_kept() -> None:
 
 
 def test_a_hash_that_lies_gives_no_hit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PrefixIndex, "_hash", lambda self, before, tokens, block: block)
+    monkeypatch.setattr(PrefixIndex, "_hash", lambda self, before, key, tokens, block: block)
     rows = KVRows(8, 100)
     run_through(rows, sequence(1, TEXT[:100], adapter=1))
     assert run_through(rows, sequence(2, TEXT[:100], adapter=2)) == 0

@@ -6,15 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lorax_serve.kernels.cpu import (
-    ADD,
-    GATED,
-    WRITE,
-    WRITE_FLOAT,
-    Arena,
-    PackedLinear,
-    load,
-)
+from lorax_serve.kernels.cpu import ADD, GATED, WRITE, WRITE_FLOAT, load
+from lorax_serve.kernels.packing import Arena, PackedLinear
 from tests.helpers import each_instruction_set, needs_kernels
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ class LogitsRunner(ModelRunner):
         self._compute = self._decoder.logits
         self._decoder.logits = self._remember  # type: ignore[method-assign]
 
-    def _remember(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.last = self._compute(hidden)
+    def _remember(self, hidden: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+        self.last = self._compute(hidden, slots)
         return self.last.clone()
 
     def step(self, batch: Batch) -> None:
@@ -36,5 +37,5 @@ class LogitsRunner(ModelRunner):
 
 def load(runner: ModelRunner, slot: int, directory: Path) -> None:
     files = leaf.read(directory)
-    weights = leaf.match_weights(files.config, files.tensors, runner.linear_modules)
+    weights = leaf.match_weights(files.config, files.tensors, runner.modules)
     runner.put_adapter(slot, runner.fold(weights))

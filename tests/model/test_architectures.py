@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorax_serve.adapter import ModuleKind, ModuleShape
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import Batch, SamplingParams, Sequence
 from lorax_serve.errors import ModelUnsupported
@@ -86,8 +87,9 @@ def test_a_left_over_tensor_is_refused(gpt2_copy: Path) -> None:
 
 def test_the_modules_of_gpt2_are_those_of_transformers(tiny_gpt2: Path) -> None:
     spec = read_spec(tiny_gpt2)
-    modules = spec.linear_modules()
-    assert list(modules) == [
+    modules = spec.modules()
+    linears = {ModuleKind.LINEAR, ModuleKind.OUTPUT}
+    assert [path for path, shape in modules.items() if shape.kind in linears] == [
         *(
             f"transformer.h.{layer}.{name}"
             for layer in range(2)
@@ -95,9 +97,9 @@ def test_the_modules_of_gpt2_are_those_of_transformers(tiny_gpt2: Path) -> None:
         ),
         "lm_head",
     ]
-    assert modules["transformer.h.1.attn.c_attn"] == (48, 144, False)
-    assert modules["transformer.h.1.mlp.c_proj"] == (192, 48, False)
-    assert modules["lm_head"] == (48, 128, True)
+    assert modules["transformer.h.1.attn.c_attn"] == ModuleShape(48, 144, has_bias=True)
+    assert modules["transformer.h.1.mlp.c_proj"] == ModuleShape(192, 48, has_bias=True)
+    assert modules["lm_head"] == (48, 128, ModuleKind.OUTPUT, False, "transformer.wte")
     assert spec.max_positions == 256
     stored = load_file(tiny_gpt2 / "model.safetensors")
     assert spec.num_parameters == sum(t.numel() for t in stored.values() if t.ndim == 2)
@@ -152,5 +154,5 @@ def test_torch_takes_over_where_the_kernels_are_not_written(tiny_gpt2: Path, dty
 
 
 def test_a_sequence_is_no_longer_than_the_table_of_positions(tiny_gpt2: Path) -> None:
-    with pytest.raises(ModelUnsupported, match=r"_length 257: .* limit is 256"):
+    with pytest.raises(ModelUnsupported, match=r"max_sequence_length 257: .* limit is 256"):
         ModelRunner(EngineConfig(model=str(tiny_gpt2), max_sequence_length=257))

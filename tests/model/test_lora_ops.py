@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from lorax_serve.core import BASE
-from lorax_serve.kernels.cpu import ADD, Arena, PackedLinear
+from lorax_serve.kernels.cpu import ADD
 from lorax_serve.kernels.cpu import load as load_kernels
-from lorax_serve.model.lora_ops import SiteLoRA, add_lora_reference, add_lora_segment
-from lorax_serve.model.multi_lora import AdapterSites, MultiLoRA
+from lorax_serve.kernels.packing import Arena, PackedLinear
+from lorax_serve.model.folded import FoldedAdapter, SiteLoRA
+from lorax_serve.model.lora_ops import add_lora_reference, add_lora_segment
+from lorax_serve.model.multi_lora import MultiLoRA
 from lorax_serve.model.packed_lora import PackedLoRA
 from lorax_serve.model.spec import Site, Slice
 from tests.helpers import needs_kernels
@@ -22,6 +24,7 @@ SITES = [
     Site(IN, Q + 2 * KV, (Slice("q", 0, Q), Slice("k", Q, KV), Slice("v", Q + KV, KV))),
     Site(Q, IN, (Slice("o", 0, IN),)),
 ]
+OUTPUT = Site(IN, 20, (Slice("head", 0, 20),))
 RANKS = {0: 1, 1: 4, 2: 17, 3: 64}
 
 # Punica's popularity shapes, over five rows or more.
@@ -67,34 +70,37 @@ class TorchSlots:
     """The slots of the torch decoder."""
 
     def __init__(self) -> None:
-        self.slots = MultiLoRA(SITES, torch.device("cpu"))
+        self.slots = MultiLoRA([*SITES, OUTPUT], torch.device("cpu"))
 
     def put(self, slot: int, adapter: tuple[SiteLoRA | None, ...]) -> None:
-        self.slots.put(slot, self.slots.prepare(AdapterSites(adapter)))
+        self.slots.put(slot, self.slots.prepare(FoldedAdapter((*adapter, None))))
 
     def step(self, decodes: list[int], prompts: list[tuple[int, int, int]]) -> Step | None:
         batch = self.slots.batch(decodes, prompts)
-        return None if batch is None else batch.add
+        if batch is None:
+            return None
+        return lambda site, x, y: batch.add(site, x, y, None)
 
 
 class CompiledSlots:
     """The slots of the compiled decoder, applied by a linear whose own weights are zero."""
 
     def __init__(self) -> None:
-        self.slots = PackedLoRA(SITES, torch.float32)
+        head = PackedLinear.pack(torch.zeros(20, IN), None, Arena())
+        self.slots = PackedLoRA([*SITES, OUTPUT], torch.float32, head)
         self.linears = [
             PackedLinear.pack(torch.zeros(site.out_features, site.in_features), None, Arena())
             for site in SITES
         ]
 
     def put(self, slot: int, adapter: tuple[SiteLoRA | None, ...]) -> None:
-        self.slots.put(slot, self.slots.prepare(AdapterSites(adapter)))
+        self.slots.put(slot, self.slots.prepare(FoldedAdapter((*adapter, None))))
 
     def step(self, decodes: list[int], prompts: list[tuple[int, int, int]]) -> Step | None:
         batch = self.slots.batch(decodes, prompts)
         if batch is None:
             return None
-        kernels, lora = load_kernels(torch.float32), ctypes.addressof(batch)
+        kernels, lora = load_kernels(torch.float32), ctypes.addressof(batch.args)
 
         def add(site: int, x: torch.Tensor, y: torch.Tensor) -> None:
             linear = self.linears[site]
