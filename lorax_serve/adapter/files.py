@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,11 +14,10 @@ import torch
 
 from lorax_serve.adapter.config import LoRAConfig
 from lorax_serve.errors import AdapterRejected, RejectReason
+from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE, digest_of_bytes
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterFiles", "read", "save"]
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -61,9 +59,7 @@ def read(directory: str | os.PathLike[str]) -> AdapterFiles:
         raise AdapterRejected(
             RejectReason.BAD_FILE, f"{WEIGHTS_FILE} is not a whole safetensors file: {error}"
         ) from error
-    digest = hashlib.sha256(hashlib.sha256(raw_config).digest())
-    digest.update(raw_weights)
-    return AdapterFiles(config, tensors, digest.hexdigest())
+    return AdapterFiles(config, tensors, digest_of_bytes(raw_config, raw_weights))
 
 
 def save(
