@@ -9,9 +9,10 @@
     ├── AdapterConflict         the adapter's state does not allow the operation
     ├── ModelUnsupported        a base model that cannot be found, read or run exactly
     ├── TrainingError           training data or settings that cannot work
-    ├── Overloaded              a limit on waiting requests or memory is reached
+    ├── Overloaded              a limit on waiting requests, memory or the disk is reached
     ├── Draining                the server is shutting down
-    └── EngineFailed            the engine's process failed or has died
+    ├── EngineFailed            the engine's process failed or has died
+    └── StoreFailed             the state directory cannot be read, written or trusted
 
 ``lorax_serve.server.status`` maps them to gRPC codes. Nothing here imports anything else.
 """
@@ -31,6 +32,7 @@ __all__ = [
     "ModelUnsupported",
     "Overloaded",
     "RejectReason",
+    "StoreFailed",
     "TrainingError",
 ]
 
@@ -90,7 +92,7 @@ class TrainingError(LoraxError):
 
 
 class Overloaded(LoraxError):
-    """A configured limit (waiting requests, adapter memory) is reached; try again later."""
+    """A limit (waiting requests, adapter memory, the disk) is reached; try again later."""
 
 
 class Draining(LoraxError):
@@ -99,3 +101,7 @@ class Draining(LoraxError):
 
 class EngineFailed(LoraxError):
     """The engine failed on this request's step, or its process has died."""
+
+
+class StoreFailed(LoraxError):
+    """The state directory is in use, damaged, or cannot be read or written; a person must act."""

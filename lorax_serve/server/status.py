@@ -19,6 +19,7 @@ from lorax_serve.errors import (
     LoraxError,
     ModelUnsupported,
     Overloaded,
+    StoreFailed,
 )
 
 __all__ = ["REJECT_REASON", "Guard", "status_of"]
@@ -35,6 +36,7 @@ _CODES: dict[type[LoraxError], grpc.StatusCode] = {
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     EngineFailed: grpc.StatusCode.INTERNAL,
+    StoreFailed: grpc.StatusCode.INTERNAL,
 }
 # A status travels in HTTP/2 headers, whose size peers limit to 8 KiB or so.
 _MAX_MESSAGE = 1000

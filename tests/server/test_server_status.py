@@ -24,6 +24,7 @@ EXPECTED = {
     "Overloaded": "RESOURCE_EXHAUSTED",
     "Draining": "UNAVAILABLE",
     "EngineFailed": "INTERNAL",
+    "StoreFailed": "INTERNAL",
     "TrainingError": "INTERNAL",  # the server raises none
 }
 
