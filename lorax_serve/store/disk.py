@@ -35,8 +35,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 def full_disk(path: Path, why: str) -> Overloaded:
     """The error for a disk that takes no more."""
     return Overloaded(
-        f"there is no room to write in {path}: {why}; what was acknowledged is kept; unload "
-        "adapters or free space on that disk, then try again"
+        f"there is no room to write in {path}: {why}; what was acknowledged is kept; free space on "
+        "that disk, then try again"
     )
 
 

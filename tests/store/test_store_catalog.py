@@ -165,8 +165,7 @@ def test_threads_take_turns(catalog: Catalog) -> None:
     sequences: list[int] = []
 
     def work(name: str) -> None:
-        for content in (A, B, C):
-            sequences.append(catalog.record_load(name, content).sequence)
+        sequences.extend(catalog.record_load(name, content).sequence for content in (A, B, C))
 
     threads = [threading.Thread(target=work, args=(f"name{n}",)) for n in range(4)]
     for thread in threads:
