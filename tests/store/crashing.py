@@ -77,6 +77,7 @@ def check(root: Path, before: Model, running: Operation | None, sequence: int) -
         What is there.
     """
     with ContentStore(root) as content, Catalog(root / CATALOG, HISTORY) as catalog:
+        assert all(content.verify(each) for each in os.listdir(root / "adapters")), "not whole"
         recovery = recover(content, catalog, verify=True)
         assert (recovery.missing, recovery.damaged) == ((), ()), recovery
         found = contents_of(catalog)
@@ -112,12 +113,13 @@ def say(message: dict[str, Any]) -> None:
 
 
 def die_at(line: int) -> Callable[[FrameType, str, Any], Any]:
-    """A trace function that kills the process at that line, counted over all that are executed."""
-    folder, left = str(Path(store.__file__).parent), line
+    """A trace function that kills the process at that line, counted over all that are executed
+    in the store, and where it deletes directories."""
+    traced, left = (str(Path(store.__file__).parent), shutil.__file__), line
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal left
-        if not frame.f_code.co_filename.startswith(folder):
+        if not frame.f_code.co_filename.startswith(traced):
             return None
         if event == "line":
             left -= 1
