@@ -7,6 +7,7 @@
     ├── AdapterRejected         adapter files that cannot be applied exactly as PEFT would
     ├── AdapterNotFound         no adapter of that name is loaded
     ├── AdapterConflict         the adapter's state does not allow the operation
+    ├── SourceFailed            the place that adapters come from did not give one
     ├── ModelUnsupported        a base model that cannot be found, read or run exactly
     ├── TrainingError           training data or settings that cannot work
     ├── Overloaded              a limit on waiting requests, memory or the disk is reached
@@ -32,6 +33,8 @@ __all__ = [
     "ModelUnsupported",
     "Overloaded",
     "RejectReason",
+    "SourceFailed",
+    "SourceReason",
     "StoreFailed",
     "TrainingError",
 ]
@@ -81,6 +84,52 @@ class AdapterNotFound(LoraxError):
 
 class AdapterConflict(LoraxError):
     """The adapter is loading, unloading or otherwise not in a state for this operation."""
+
+
+class SourceReason(StrEnum):
+    """Why a source did not give an adapter: a closed set, used as a metric label."""
+
+    NOT_FOUND = "not_found"
+    UNAVAILABLE = "unavailable"
+    """Down, refusing connections, or failing by its own account."""
+    TIMEOUT = "timeout"
+    TRUNCATED = "truncated"
+    """Another number of bytes than announced, or damaged on the way."""
+    TOO_LARGE = "too_large"
+    DENIED = "denied"
+    """Bad or missing credentials, or a request that the source will never answer."""
+    CHANGED = "changed"
+    """The adapter was written to while it was read."""
+
+
+_RETRYABLE = frozenset(
+    {
+        SourceReason.UNAVAILABLE,
+        SourceReason.TIMEOUT,
+        SourceReason.TRUNCATED,
+        SourceReason.CHANGED,
+    }
+)
+
+
+class SourceFailed(LoraxError):
+    """A source of adapters did not give one; what was fetched so far is worth nothing.
+
+    Attributes:
+        reason: the class of the failure, for metrics and for callers that branch on it.
+    """
+
+    def __init__(self, reason: SourceReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same fetch may succeed later without anybody's doing."""
+        return self.reason in _RETRYABLE
+
+    def __reduce__(self) -> tuple[type[SourceFailed], tuple[SourceReason, str]]:
+        return type(self), (self.reason, str(self))
 
 
 class ModelUnsupported(LoraxError):

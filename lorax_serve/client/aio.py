@@ -31,8 +31,8 @@ class AsyncClient:
         retries: how often a call is made again that met an unavailable server, 0 to 4.
 
     Every call raises:
-        InvalidRequest, AdapterRejected, AdapterNotFound, AdapterConflict, Overloaded,
-        EngineFailed: the server's own errors, with its message.
+        InvalidRequest, AdapterRejected, AdapterNotFound, AdapterConflict, SourceFailed,
+        Overloaded, EngineFailed: the server's own errors, with its message.
         Unavailable, TimedOut, ServerError: the others.
     """
 

@@ -15,11 +15,14 @@ from lorax_serve.errors import (
     LoraxError,
     Overloaded,
     RejectReason,
+    SourceFailed,
+    SourceReason,
 )
 
 __all__ = ["ServerError", "TimedOut", "Unavailable", "error_of"]
 
 _REJECT_REASON = "lorax-reject-reason"
+_SOURCE_REASON = "lorax-source-reason"
 
 _ERRORS: dict[grpc.StatusCode, type[LoraxError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
@@ -56,6 +59,9 @@ def error_of(call: Any, address: str) -> LoraxError:
             return AdapterRejected(RejectReason(trailing[_REJECT_REASON]), message)
         except ValueError:  # a newer server's reason
             return InvalidRequest(message)
+    # A newer server's reason is left to the code, which says as much as is known here.
+    if trailing.get(_SOURCE_REASON) in list(SourceReason):
+        return SourceFailed(SourceReason(trailing[_SOURCE_REASON]), message)
     if code in _ERRORS:
         return _ERRORS[code](message)
     if code is grpc.StatusCode.UNAVAILABLE:

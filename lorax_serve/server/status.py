@@ -19,13 +19,17 @@ from lorax_serve.errors import (
     LoraxError,
     ModelUnsupported,
     Overloaded,
+    SourceFailed,
+    SourceReason,
     StoreFailed,
 )
 
-__all__ = ["REJECT_REASON", "Guard", "status_of"]
+__all__ = ["REJECT_REASON", "SOURCE_REASON", "Guard", "status_of"]
 
 REJECT_REASON = "lorax-reject-reason"
 """Trailing metadata of a refused adapter: a value of ``RejectReason``."""
+SOURCE_REASON = "lorax-source-reason"
+"""Trailing metadata of an adapter that its source did not give: a value of ``SourceReason``."""
 
 _CODES: dict[type[LoraxError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -37,6 +41,11 @@ _CODES: dict[type[LoraxError], grpc.StatusCode] = {
     Draining: grpc.StatusCode.UNAVAILABLE,
     EngineFailed: grpc.StatusCode.INTERNAL,
     StoreFailed: grpc.StatusCode.INTERNAL,
+}
+_SOURCE_CODES = {
+    SourceReason.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    SourceReason.DENIED: grpc.StatusCode.PERMISSION_DENIED,
+    SourceReason.TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 # A status travels in HTTP/2 headers, whose size peers limit to 8 KiB or so.
 _MAX_MESSAGE = 1000
@@ -52,6 +61,9 @@ def status_of(error: LoraxError) -> tuple[grpc.StatusCode, str, tuple[tuple[str,
     message = str(error).encode(errors="replace").decode()
     if len(message) > _MAX_MESSAGE:
         message = f"{message[:_MAX_MESSAGE]}..."
+    if isinstance(error, SourceFailed):
+        code = _SOURCE_CODES.get(error.reason, grpc.StatusCode.UNAVAILABLE)
+        return code, message, ((SOURCE_REASON, str(error.reason)),)
     trailing = ((REJECT_REASON, str(error.reason)),) if isinstance(error, AdapterRejected) else ()
     return _CODES.get(type(error), grpc.StatusCode.INTERNAL), message, trailing
 

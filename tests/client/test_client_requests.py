@@ -12,9 +12,15 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from lorax_serve.client import AsyncClient, Client, ServerError, Unavailable
+from lorax_serve.client import AsyncClient, Client, ServerError, Unavailable, failures
 from lorax_serve.client.requests import channel_options, generate_fields, metadata, prompt
-from lorax_serve.errors import EngineFailed, InvalidRequest
+from lorax_serve.errors import (
+    EngineFailed,
+    InvalidRequest,
+    LoraxError,
+    SourceFailed,
+    SourceReason,
+)
 from lorax_serve.pb.lorax.v1 import generation_pb2 as pb
 from lorax_serve.pb.lorax.v1 import generation_pb2_grpc
 from lorax_serve.server import generation, status
@@ -68,10 +74,9 @@ def test_retries_are_for_services_that_exist() -> None:
     assert "UnloadAdapter" not in config
 
 
-def test_the_client_s_copy_of_the_reject_reason_s_name() -> None:
-    from lorax_serve.client import failures
-
+def test_the_client_s_copies_of_the_reasons_names() -> None:
     assert failures._REJECT_REASON == status.REJECT_REASON
+    assert failures._SOURCE_REASON == status.SOURCE_REASON
 
 
 class Flaky(generation_pb2_grpc.GenerationServiceServicer):  # type: ignore[misc]
@@ -137,6 +142,29 @@ async def test_a_stream_that_has_begun_is_not_tried_again(flaky: Flaky) -> None:
         with pytest.raises(Unavailable, match="lost"):
             await anext(pieces)
     assert flaky.calls == 1
+
+
+class FailedCall:
+    """What gRPC raises, as far as ``error_of`` looks at it."""
+
+    def __init__(self, error: LoraxError) -> None:
+        self._parts = status.status_of(error)
+
+    def code(self) -> grpc.StatusCode:
+        return self._parts[0]
+
+    def details(self) -> str:
+        return self._parts[1]
+
+    def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
+        return self._parts[2]
+
+
+@pytest.mark.parametrize("reason", SourceReason)
+def test_failed_sources_keep_their_reason(reason: SourceReason) -> None:
+    error = failures.error_of(FailedCall(SourceFailed(reason, "hf://org/one: no")), "here")
+    assert isinstance(error, SourceFailed)
+    assert (error.reason, str(error)) == (reason, "hf://org/one: no")
 
 
 async def test_statuses_without_an_error_of_ours_keep_their_name(flaky: Flaky) -> None:

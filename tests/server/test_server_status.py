@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,17 @@ import grpc
 import pytest
 
 from lorax_serve import errors
-from lorax_serve.errors import AdapterRejected, InvalidRequest, LoraxError, RejectReason
+from lorax_serve.errors import (
+    AdapterRejected,
+    InvalidRequest,
+    LoraxError,
+    RejectReason,
+    SourceFailed,
+    SourceReason,
+)
 from lorax_serve.pb.lorax.v1 import adapter_pb2
 from lorax_serve.pb.lorax.v1 import generation_pb2 as pb
-from lorax_serve.server.status import REJECT_REASON, status_of
+from lorax_serve.server.status import REJECT_REASON, SOURCE_REASON, status_of
 from tests.server.harness import Harness, serving, stream_request, text_request, until
 
 EXPECTED = {
@@ -20,12 +28,18 @@ EXPECTED = {
     "AdapterRejected": "INVALID_ARGUMENT",
     "AdapterNotFound": "NOT_FOUND",
     "AdapterConflict": "FAILED_PRECONDITION",
+    "SourceFailed": "NOT_FOUND",  # for the reason that it is made with below
     "ModelUnsupported": "FAILED_PRECONDITION",
     "Overloaded": "RESOURCE_EXHAUSTED",
     "Draining": "UNAVAILABLE",
     "EngineFailed": "INTERNAL",
     "StoreFailed": "INTERNAL",
     "TrainingError": "INTERNAL",  # the server raises none
+}
+
+REASONS: dict[type[LoraxError], tuple[Any, ...]] = {
+    AdapterRejected: (RejectReason.BAD_FILE,),
+    SourceFailed: (SourceReason.NOT_FOUND,),
 }
 
 
@@ -40,10 +54,39 @@ def test_every_error_has_its_code() -> None:
     kinds = {name: kind for name, kind in kinds.items() if name in errors.__all__}
     assert kinds.keys() == EXPECTED.keys()
     for name, kind in kinds.items():
-        error = kind(RejectReason.BAD_FILE, "why") if kind is AdapterRejected else kind("why")
+        error = kind(*REASONS[kind], "why") if kind in REASONS else kind("why")
         code, message, trailing = status_of(error)
         assert (code.name, message) == (EXPECTED[name], "why")
-        assert bool(trailing) == (kind is AdapterRejected)
+        assert bool(trailing) == (kind in REASONS)
+
+
+SOURCE_CODES = {
+    SourceReason.NOT_FOUND: "NOT_FOUND",
+    SourceReason.UNAVAILABLE: "UNAVAILABLE",
+    SourceReason.TIMEOUT: "UNAVAILABLE",
+    SourceReason.TRUNCATED: "UNAVAILABLE",
+    SourceReason.TOO_LARGE: "RESOURCE_EXHAUSTED",
+    SourceReason.DENIED: "PERMISSION_DENIED",
+    SourceReason.CHANGED: "UNAVAILABLE",
+}
+
+
+@pytest.mark.parametrize("reason", SourceReason)
+def test_a_failed_source_has_the_code_of_its_reason(reason: SourceReason) -> None:
+    code, message, trailing = status_of(SourceFailed(reason, "s3://b: no"))
+    assert (code.name, message) == (SOURCE_CODES[reason], "s3://b: no")
+    assert trailing == ((SOURCE_REASON, reason.value),)
+
+
+def test_what_may_be_retried_is_unavailable_to_grpc_too() -> None:
+    for reason in SourceReason:
+        error = SourceFailed(reason, "no")
+        assert error.retryable == (status_of(error)[0] is grpc.StatusCode.UNAVAILABLE)
+
+
+def test_a_failed_source_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(SourceFailed(SourceReason.CHANGED, "again")))
+    assert (type(error), error.reason, str(error)) == (SourceFailed, SourceReason.CHANGED, "again")
 
 
 def test_messages_fit_into_headers() -> None:
