@@ -1,9 +1,10 @@
-"""Where adapters come from: directories.
+"""Where adapters come from: directories, S3 buckets, the Hugging Face Hub.
 
 It knows URIs, files and sizes. It knows nothing of what is in the files, of adapters' names, or of
 asyncio: calls block, and may come from any thread.
 """
 
+from lorax_serve.sources.opening import open_source
 from lorax_serve.sources.source import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -18,4 +19,5 @@ __all__ = [
     "FetchLimits",
     "Source",
     "WatchableSource",
+    "open_source",
 ]
