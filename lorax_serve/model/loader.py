@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import torch
 
 from lorax_serve.errors import ModelUnsupported
+from lorax_serve.model.shards import open_shards
 from lorax_serve.model.spec import SITES_PER_LAYER, DecoderSpec, Layout, Site
 from lorax_serve.model.spec_cache import load_spec
 from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
 
 __all__ = ["load_weights"]
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
 
 @contextmanager
@@ -64,16 +59,8 @@ class _Checkpoint:
         self._buffers = layout.buffers
         self._dtype = dtype
         self._device = device
-        self._shard_of: dict[str, Any] = {}
+        self._shard_of = open_shards(directory, stack)
         self._read: set[str] = set()
-        for path in _shards(directory):
-            try:
-                shard = stack.enter_context(safetensors.safe_open(path, framework="pt"))
-            except (OSError, safetensors.SafetensorError) as error:
-                raise ModelUnsupported(f"{path} is not a whole safetensors file: {error}") from (
-                    error
-                )
-            self._shard_of |= dict.fromkeys(shard.keys(), shard)
         whole = any(name.startswith(f"{layout.inner}.") for name in self._shard_of)
         self._left_out = "" if whole else f"{layout.inner}."
 
@@ -98,18 +85,6 @@ class _Checkpoint:
         # Old checkpoints carry RoPE's frequencies or causal masks.
         return sorted(
             name for name in self._shard_of.keys() - self._read if not name.endswith(self._buffers)
-        )
-
-
-def _shards(directory: Path) -> Iterator[Path]:
-    if (directory / _INDEX).is_file():
-        index = json.loads((directory / _INDEX).read_text())
-        yield from sorted({directory / name for name in index["weight_map"].values()})
-    elif (directory / _SINGLE).is_file():
-        yield directory / _SINGLE
-    else:
-        raise ModelUnsupported(
-            f"{directory} has neither {_SINGLE} nor {_INDEX}; only safetensors weights are read"
         )
 
 
