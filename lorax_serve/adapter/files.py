@@ -29,11 +29,13 @@ class AdapterFiles:
         config: the checked config.
         tensors: the weights file's tensors by name, on the CPU, in the file's dtypes.
         digest: SHA-256 (hex) over both files' bytes.
+        metadata: the strings in the weights file's header; empty if it has none.
     """
 
     config: LoRAConfig
     tensors: Mapping[str, torch.Tensor]
     digest: str
+    metadata: Mapping[str, str]
 
 
 def read(directory: str | os.PathLike[str]) -> AdapterFiles:
@@ -55,11 +57,13 @@ def read(directory: str | os.PathLike[str]) -> AdapterFiles:
     raw_weights = _read_bytes(root / WEIGHTS_FILE)
     try:
         tensors = safetensors.torch.load(raw_weights)
+        metadata = _metadata(raw_weights)
     except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise AdapterRejected(
             RejectReason.BAD_FILE, f"{WEIGHTS_FILE} is not a whole safetensors file: {error}"
         ) from error
-    return AdapterFiles(config, tensors, digest_of_bytes(raw_config, raw_weights))
+    digest = digest_of_bytes(raw_config, raw_weights)
+    return AdapterFiles(config, tensors, digest, metadata)
 
 
 def save(
@@ -74,7 +78,7 @@ def save(
         directory: created if absent; the two files in it are replaced.
         config: written as ``adapter_config.json``.
         tensors: by PEFT's tensor names (``weights.tensor_name``), written as they are.
-        metadata: extra strings for the safetensors header (provenance; readers ignore it).
+        metadata: extra strings for the safetensors header (provenance, and the probe).
     """
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
@@ -82,6 +86,12 @@ def save(
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _replace(root / WEIGHTS_FILE, _sorted_header(safetensors.torch.save(data, header)))
     _replace(root / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode() + b"\n")
+
+
+def _metadata(raw: bytes) -> dict[str, str]:
+    """The header's strings; that it is whole and holds strings, safetensors has checked."""
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")].decode())
+    return header.get("__metadata__") or {}
 
 
 def _sorted_header(raw: bytes) -> bytes:

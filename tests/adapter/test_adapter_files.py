@@ -71,6 +71,14 @@ def test_dtypes_and_layouts_are_kept(dtype: torch.dtype, tmp_path: Path) -> None
         assert file.metadata() == {"format": "pt", "made_by": "a test"}
 
 
+def test_the_headers_strings_are_read_and_need_not_be_there(adapter: Path) -> None:
+    assert read(adapter).metadata == {"format": "pt"}
+    save(adapter, CONFIG, TENSORS, {"made_by": "a tést"})
+    assert read(adapter).metadata == {"format": "pt", "made_by": "a tést"}
+    (adapter / WEIGHTS_FILE).write_bytes(safetensors.torch.save(dict(TENSORS)))
+    assert read(adapter).metadata == {}
+
+
 def test_saving_replaces(adapter: Path) -> None:
     before = read(adapter).digest
     save(adapter, CONFIG, {name: tensor + 1 for name, tensor in TENSORS.items()})
