@@ -20,7 +20,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def stored(directory: Path) -> Tensors:
-    return safetensors.torch.load_file(directory / "model.safetensors")
+    tensors: Tensors = safetensors.torch.load_file(directory / "model.safetensors")
+    return tensors
 
 
 def store(directory: Path, tensors: Tensors) -> Path:
