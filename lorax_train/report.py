@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lorax_serve.adapter.probe import Probe
 from lorax_train.base import Tokenizer
 from lorax_train.config import TrainConfig
 from lorax_train.console import Console, size
@@ -17,7 +18,7 @@ from lorax_train.estimate import MemoryEstimate
 from lorax_train.inject import TrainableLoRA
 from lorax_train.trainer import Trainer
 
-__all__ = ["mark", "show_example", "show_memory", "show_plan", "show_serving"]
+__all__ = ["mark", "show_example", "show_memory", "show_plan", "show_probe", "show_serving"]
 
 _SHOWN_TOKENS = 200
 
@@ -89,6 +90,19 @@ def show_memory(console: Console, need: MemoryEstimate, available: int | None) -
             f"the run is likely to need {size(need.to_come - available)} more memory than there "
             "is; lower --batch-size (and raise --grad-accumulation by as much, for the same "
             "result), or lower --max-length"
+        )
+
+
+def show_probe(console: Console, probe: Probe) -> None:
+    """What is stored for the server's check; a warning if the check will not see much."""
+    console.line(
+        f"probe      {len(probe.token_ids)} tokens, stored for the server's check; the adapter "
+        f"moves the logits after them by up to {probe.effect:.3g}"
+    )
+    if probe.effect <= probe.tolerance("bfloat16"):
+        console.warn(
+            "the adapter hardly differs from the base model, so a server in bfloat16 could not see "
+            "a wrong scale; train longer, or with a higher --lr"
         )
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lorax_serve._version import __version__
 from lorax_serve.errors import ModelUnsupported, TrainingError
 from lorax_serve.model.architectures import read_spec
+from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.source import resolve_model
 from lorax_train.base import (
     Tokenizer,
@@ -32,7 +33,8 @@ from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
 from lorax_train.inject import TrainableLoRA, inject
 from lorax_train.loss import TargetLoss
-from lorax_train.report import show_example, show_memory, show_plan, show_serving
+from lorax_train.probe import compute_probe
+from lorax_train.report import show_example, show_memory, show_plan, show_probe, show_serving
 from lorax_train.rows import Messages, read_rows
 from lorax_train.trainer import Trainer, TrainingRecord
 
@@ -69,6 +71,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     dtype = choose_dtype(config.dtype, device)
     examples, held_out, tokenizer, source = _prepare_data(config, console)
     data_hash = hashlib.sha256(config.data.train.read_bytes()).hexdigest()
+    fingerprint = _fingerprint(source, console)
     with _out_of_memory_explained():
         model = load_model(config.model, source, dtype, device)
         base_parameters = sum(p.numel() for p in model.parameters())
@@ -92,7 +95,13 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     if record.interrupted and not record.steps:
         console.line("interrupted before the first step; nothing was saved")
         return TrainResult(model, adapter, record, None)
-    _save(config, adapter, record, data_hash)
+    metadata = {"data_sha256": data_hash}
+    if fingerprint is not None:
+        saved: torch.dtype = getattr(torch, config.output.save_dtype)
+        probe = compute_probe(model, adapter, held_out or examples, saved, fingerprint)
+        show_probe(console, probe)
+        metadata |= probe.to_metadata()
+    _save(config, adapter, record, metadata)
     _conclude(console, config, record, served=obstacle is None)
     return TrainResult(model, adapter, record, config.output.directory)
 
@@ -141,17 +150,16 @@ def _check_fit(config: TrainConfig, model: PreTrainedModel, examples: list[Examp
 
 
 def _save(
-    config: TrainConfig, adapter: TrainableLoRA, record: TrainingRecord, data_hash: str
+    config: TrainConfig, adapter: TrainableLoRA, record: TrainingRecord, metadata: dict[str, str]
 ) -> None:
     eval_loss = f"{record.eval_losses[-1]:.6f}" if record.eval_losses else "none"
-    metadata = {
+    metadata = metadata | {
         "producer": f"lorax-train {__version__}",
         "base_model": config.model,
         "seed": str(config.loop.seed),
         "steps": str(record.steps),
         "train_loss": f"{record.train_loss:.6f}",
         "eval_loss": eval_loss,
-        "data_sha256": data_hash,
     }
     facts = {
         "rank, alpha": f"{adapter.config.r}, {adapter.config.lora_alpha:g}",
@@ -163,7 +171,7 @@ def _save(
         "held-out loss after": f"{record.eval_losses[-1]:.4f}" if record.eval_losses else "none",
         "learning rate": f"{config.optimizer.lr:g} ({config.optimizer.schedule})",
         "seed": str(config.loop.seed),
-        "data (SHA-256)": f"`{data_hash}`",
+        "data (SHA-256)": f"`{metadata['data_sha256']}`",
         "producer": metadata["producer"],
     }
     out = config.output
@@ -180,6 +188,15 @@ def _why_not_served(source: Path, adapter: TrainableLoRA) -> str | None:
     known = {part.path for site in sites for part in site.slices}
     other = [path for path in adapter.layers if path not in known]
     return f"LoRA on {other[0]} is not applied yet" if other else None
+
+
+def _fingerprint(source: Path, console: Console) -> str | None:
+    """Of the base weights; None, and a warning, where only transformers can read them."""
+    try:
+        return base_fingerprint(source)
+    except ModelUnsupported as error:
+        console.warn(f"no probe will be stored with the adapter: {error}")
+        return None
 
 
 def _conclude(
