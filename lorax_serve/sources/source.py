@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from lorax_serve.errors import InvalidRequest, SourceReason
+from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
 
 __all__ = [
     "ADAPTER_FILES",
@@ -20,8 +21,6 @@ __all__ = [
     "shown",
 ]
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
 _MAX_PATH = 512
