@@ -115,11 +115,35 @@ class ServerConfig:
     adapters: Path | None = None
     """Directory whose subdirectories are adapters, all loaded at the start under their names.
     LoadAdapter reads from inside it only."""
+    state: Path | None = None
+    """Directory where the server keeps what it has loaded: after a restart it serves that again,
+    and earlier versions can be rolled back to. One server each. Without it, adapters are read
+    from where they are."""
+    source: str | None = None
+    """Where adapters come from, with --state: a directory, s3://bucket/prefix, hf://org or
+    hf://org/repo; default: --adapters. All that it lists is loaded at the start."""
+    load_on_demand: bool = False
+    """Whether a request may name an adapter that is not loaded, but that the source has. Then
+    nothing is loaded from it at the start."""
+    adapter_history: int = 4
+    """With --state, earlier versions that are kept of each adapter."""
+    fetch_seconds: float = 300.0
+    """How long fetching one adapter from the source may take."""
     drain_seconds: float = 30.0
     """How long running requests may go on after SIGTERM."""
 
     def __post_init__(self) -> None:
-        _at_least(0, port=self.port, metrics_port=self.metrics_port)
+        _at_least(
+            0,
+            port=self.port,
+            metrics_port=self.metrics_port,
+            adapter_history=self.adapter_history,
+        )
+        if self.state is None and (self.source is not None or self.load_on_demand):
+            flag = "source" if self.source is not None else "load_on_demand"
+            raise InvalidRequest(f"{flag} needs --state DIR, where what comes from it is kept")
+        if self.fetch_seconds <= 0:
+            raise InvalidRequest(f"fetch_seconds must be more than 0, found {self.fetch_seconds}")
         if self.drain_seconds < 0:
             raise InvalidRequest(f"drain_seconds must be 0 or more, found {self.drain_seconds}")
 

@@ -171,7 +171,7 @@ class Metrics(RequestListener, RegistryListener):
     def loaded(self, adapter: Adapter) -> None:
         """A version of an adapter is ready."""
         self._loads.inc()
-        self._versions.setdefault(adapter.name, set()).add(adapter.version)
+        self._versions.setdefault(adapter.name, set()).add(adapter.key)
 
     def rejected(self, name: str, reason: str) -> None:
         """A load was refused. The name is not a label: it may be anything."""
@@ -182,7 +182,7 @@ class Metrics(RequestListener, RegistryListener):
         """A version is freed; with a name's last version, its series go too."""
         self._unloads.inc()
         versions = self._versions[adapter.name]
-        versions.discard(adapter.version)
+        versions.discard(adapter.key)
         if versions:
             return
         del self._versions[adapter.name]

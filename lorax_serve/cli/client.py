@@ -131,6 +131,11 @@ def _load(client: Any, options: argparse.Namespace) -> None:
     )
 
 
+def _rollback(client: Any, options: argparse.Namespace) -> None:
+    adapter = client.roll_back_adapter(options.name, options.digest)
+    print(f"{adapter.name}: version {adapter.version}, digest {adapter.digest}")
+
+
 def _unload(client: Any, options: argparse.Namespace) -> None:
     print(f"{options.name}: unloaded, {client.unload_adapter(options.name)} bytes freed")
 
@@ -197,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", parents=[common], help="describe the server's model")
     info.set_defaults(run=_info)
 
-    adapters = commands.add_parser("adapters", help="list, load and unload adapters")
+    adapters = commands.add_parser("adapters", help="list, load, roll back and unload adapters")
     actions = adapters.add_subparsers(required=True, metavar="ACTION")
     each = actions.add_parser("list", parents=[common], help="what is loaded")
     each.set_defaults(run=_list)
@@ -206,6 +211,12 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("path", nargs="?", help="inside the server's --adapters (default: the name)")
     load.add_argument("--weight", type=int, help="its share of a busy server, 1 to 100")
     load.set_defaults(run=_load)
+    rollback = actions.add_parser(
+        "rollback", parents=[common], help="make a name mean an earlier version again"
+    )
+    rollback.add_argument("name")
+    rollback.add_argument("digest", nargs="?", help="of that version (default: the one before)")
+    rollback.set_defaults(run=_rollback)
     unload = actions.add_parser("unload", parents=[common], help="drain and free an adapter")
     unload.add_argument("name")
     unload.set_defaults(run=_unload)

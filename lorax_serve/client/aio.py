@@ -147,6 +147,14 @@ class AsyncClient:
         freed: int = answer.freed_bytes
         return freed
 
+    async def roll_back_adapter(
+        self, name: str, digest: str | None = None, *, timeout: float | None = None
+    ) -> Adapter:
+        """Make a name mean an earlier version again: the last one, or that with this digest."""
+        request = adapter_pb2.RollbackAdapterRequest(adapter_id=name, digest=digest)
+        answer = await self._call(self._adapters.RollbackAdapter, request, timeout)
+        return Adapter.of(answer.adapter)
+
     async def list_adapters(self, *, timeout: float | None = None) -> list[Adapter]:
         """All versions in memory by name, those that drain included."""
         request = adapter_pb2.ListAdaptersRequest()

@@ -141,7 +141,8 @@ class Adapter:
     Attributes:
         version: the sequence number of its load on that server.
         digest: SHA-256 of its files.
-        state: ``ready``, or ``draining`` once it is unloaded or replaced.
+        state: ``ready``; ``superseded`` if its name means another version now, ``draining`` once it
+            is unloaded or replaced for good.
         rank: the largest of its modules.
         module_count: modules of the base model that it changes.
         host_bytes: host memory that it takes.

@@ -223,7 +223,12 @@ class TextGenerator:
             request = replace(
                 request, sampling=replace(request.sampling, seed=secrets.randbits(63))
             )
-        adapter = None if request.adapter_id is None else self._registry.acquire(request.adapter_id)
+        adapter = None
+        if request.adapter_id is not None:
+            adapter = await self._registry.admit(request.adapter_id)
+            if self._draining:  # it may have come late, after a load
+                self._registry.release(adapter)
+                raise Draining("the server is shutting down; send the request to another one")
         try:
             stream = TextStream(self, request, ids, adapter)
             self._engine.submit(self._command(stream, request, ids), stream.feed)
@@ -263,7 +268,7 @@ class TextGenerator:
         return Submit(
             request_id=stream.request_id,
             tokens=tuple(ids),
-            adapter=stream.adapter.version if stream.adapter else None,
+            adapter=stream.adapter.key if stream.adapter else None,
             sampling=request.sampling,
             max_new_tokens=stop.max_new_tokens,
             min_new_tokens=stop.min_new_tokens,

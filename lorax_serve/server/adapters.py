@@ -32,6 +32,12 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):  # type: ignore[
         """Take the name away, wait for its last request, answer with the bytes freed."""
         return pb.UnloadAdapterResponse(freed_bytes=await self.registry.unload(request.adapter_id))
 
+    async def RollbackAdapter(self, request: Any, context: Any) -> Any:
+        """Make the name mean an earlier version again; answer with that."""
+        digest = request.digest if request.HasField("digest") else None
+        adapter = await self.registry.roll_back(request.adapter_id, digest)
+        return pb.RollbackAdapterResponse(adapter=convert.adapter_message(adapter))
+
     async def ListAdapters(self, request: Any, context: Any) -> Any:
         """All versions in memory."""
         adapters = [convert.adapter_message(adapter) for adapter in self.registry.adapters()]

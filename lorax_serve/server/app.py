@@ -17,6 +17,7 @@ from lorax_serve.core import EngineStats, ModelInfo
 from lorax_serve.errors import InvalidRequest, LoraxError
 from lorax_serve.frontend.async_engine import AsyncEngine
 from lorax_serve.frontend.generator import TextGenerator
+from lorax_serve.frontend.library import Library
 from lorax_serve.frontend.registry import Adapter, AdapterRegistry
 from lorax_serve.frontend.text import Tokenizer
 from lorax_serve.metrics import Metrics, MetricsServer
@@ -29,6 +30,7 @@ from lorax_serve.pb.lorax.v1 import (
 from lorax_serve.server.adapters import AdapterServicer
 from lorax_serve.server.generation import GenerationServicer
 from lorax_serve.server.status import Guard
+from lorax_serve.sources import FetchLimits, open_source
 
 __all__ = ["SERVICES", "Server"]
 
@@ -172,6 +174,7 @@ class Server:
         root = self._config.adapters
         if root is not None and not root.is_dir():
             raise InvalidRequest(f"adapters: no such directory: {root}")
+        library = self._open_library()
         self._engine = engine = await self._start_engine(self._config.engine)
         # The engine outlives the calls: they are pushed, so stopped, in the reverse order.
         stop_calls = self._cleanup.pop_all()
@@ -180,12 +183,31 @@ class Server:
         self._watch(engine)
         self.metrics.stats = engine.stats
         engine.on_step = self.metrics.step
-        registry = AdapterRegistry(engine, root, self.metrics)
+        registry = AdapterRegistry(
+            engine,
+            root,
+            self.metrics,
+            library,
+            history=self._config.adapter_history,
+            on_demand=self._config.load_on_demand,
+        )
         tokenizer = await asyncio.to_thread(Tokenizer, engine.info.directory)
         self._generator = TextGenerator(engine, registry, tokenizer, self.metrics)
         self._generation.generator = self._generator
         self._adapters.registry = registry
         self.refused = await registry.load_all()
+
+    def _open_library(self) -> Library | None:
+        """What the state directory has, before the model is loaded for nothing."""
+        config = self._config
+        if config.state is None:
+            return None
+        place = config.source or (None if config.adapters is None else str(config.adapters))
+        source = None if place is None else open_source(place)
+        limits = FetchLimits(config.engine.max_adapter_bytes, config.fetch_seconds)
+        library = Library(config.state, source, limits, config.adapter_history)
+        self._cleanup.callback(library.close)
+        return library
 
     def _watch(self, engine: AsyncEngine) -> None:
         async def watch() -> None:

@@ -26,6 +26,7 @@ _MAX_NAME = 128
 
 _STATES = {
     AdapterState.READY: adapter_pb2.ADAPTER_STATE_READY,
+    AdapterState.SUPERSEDED: adapter_pb2.ADAPTER_STATE_SUPERSEDED,
     AdapterState.DRAINING: adapter_pb2.ADAPTER_STATE_DRAINING,
 }
 
@@ -122,7 +123,7 @@ def _adapter_id(message: Any) -> str | None:
     adapter_id: str = message.adapter_id
     if not adapter_id:
         raise InvalidRequest("adapter_id is empty: leave it out for the base model")
-    if len(adapter_id) > _MAX_NAME:
+    if len(adapter_id.partition("@")[0]) > _MAX_NAME:
         raise InvalidRequest(
             f"adapter_id has {len(adapter_id)} characters; no adapter's name has more than "
             f"{_MAX_NAME}"

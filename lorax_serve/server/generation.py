@@ -41,6 +41,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):  # type
     async def Generate(self, request: Any, context: Any) -> Any:
         """Answer with the whole text."""
         stream = await self._start(request, context)
+        provenance = _provenance(stream)
         try:
             whole = TextChunk("", [])
             async for chunk in stream:
@@ -50,7 +51,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):  # type
         finally:
             stream.cancel()  # the client cancelled or its deadline passed: else it has ended
         fields = self._news(request, stream, whole)
-        return pb.GenerateResponse(**fields, **_provenance(stream))
+        return pb.GenerateResponse(**fields, **provenance)
 
     async def GenerateStream(self, request: Any, context: Any) -> None:
         """Send the text as it comes. Writes, instead of yielding, to be told of cancellation."""

@@ -34,7 +34,10 @@ async def start_server(tiny_model: Path) -> AsyncIterator[StartServer]:
     async with AsyncExitStack() as stack:
 
         async def start(
-            adapters: Path | None = None, model: Path | str = tiny_model, **engine: Any
+            adapters: Path | None = None,
+            model: Path | str = tiny_model,
+            state: Path | None = None,
+            **engine: Any,
         ) -> Server:
             settings = {
                 "model": str(model),
@@ -49,6 +52,7 @@ async def start_server(tiny_model: Path) -> AsyncIterator[StartServer]:
                 port=0,
                 metrics_port=0,
                 adapters=adapters,
+                state=state,
                 drain_seconds=20,
             )
             return await stack.enter_async_context(Server(config))

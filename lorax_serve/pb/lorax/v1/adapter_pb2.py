@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lorax/v1/adapter.proto\x12\x08lorax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"d\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x11\n\x04path\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06weight\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05_pathB\t\n\x07_weight\"9\n\x13LoadAdapterResponse\x12\"\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x11.lorax.v1.Adapter\"*\n\x14UnloadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\",\n\x15UnloadAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"\x15\n\x13ListAdaptersRequest\";\n\x14ListAdaptersResponse\x12#\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x11.lorax.v1.Adapter\"\x8d\x02\n\x07\x41\x64\x61pter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.lorax.v1.AdapterState\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x14\n\x0cmodule_count\x18\x06 \x01(\r\x12\x12\n\nhost_bytes\x18\x07 \x01(\x04\x12\x17\n\x0f\x61\x63tive_requests\x18\x08 \x01(\r\x12\x16\n\x0etotal_requests\x18\t \x01(\x04\x12-\n\tlast_used\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06weight\x18\x0b \x01(\r*b\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x02\x32\xfd\x01\n\x0e\x41\x64\x61pterService\x12J\n\x0bLoadAdapter\x12\x1c.lorax.v1.LoadAdapterRequest\x1a\x1d.lorax.v1.LoadAdapterResponse\x12P\n\rUnloadAdapter\x12\x1e.lorax.v1.UnloadAdapterRequest\x1a\x1f.lorax.v1.UnloadAdapterResponse\x12M\n\x0cListAdapters\x12\x1d.lorax.v1.ListAdaptersRequest\x1a\x1e.lorax.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lorax/v1/adapter.proto\x12\x08lorax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"d\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x11\n\x04path\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06weight\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05_pathB\t\n\x07_weight\"9\n\x13LoadAdapterResponse\x12\"\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x11.lorax.v1.Adapter\"*\n\x14UnloadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\",\n\x15UnloadAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"L\n\x16RollbackAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x13\n\x06\x64igest\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_digest\"=\n\x17RollbackAdapterResponse\x12\"\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x11.lorax.v1.Adapter\"\x15\n\x13ListAdaptersRequest\";\n\x14ListAdaptersResponse\x12#\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x11.lorax.v1.Adapter\"\x8d\x02\n\x07\x41\x64\x61pter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.lorax.v1.AdapterState\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x14\n\x0cmodule_count\x18\x06 \x01(\r\x12\x12\n\nhost_bytes\x18\x07 \x01(\x04\x12\x17\n\x0f\x61\x63tive_requests\x18\x08 \x01(\r\x12\x16\n\x0etotal_requests\x18\t \x01(\x04\x12-\n\tlast_used\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06weight\x18\x0b \x01(\r*\x80\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x02\x12\x1c\n\x18\x41\x44\x41PTER_STATE_SUPERSEDED\x10\x03\x32\xd5\x02\n\x0e\x41\x64\x61pterService\x12J\n\x0bLoadAdapter\x12\x1c.lorax.v1.LoadAdapterRequest\x1a\x1d.lorax.v1.LoadAdapterResponse\x12P\n\rUnloadAdapter\x12\x1e.lorax.v1.UnloadAdapterRequest\x1a\x1f.lorax.v1.UnloadAdapterResponse\x12V\n\x0fRollbackAdapter\x12 .lorax.v1.RollbackAdapterRequest\x1a!.lorax.v1.RollbackAdapterResponse\x12M\n\x0cListAdapters\x12\x1d.lorax.v1.ListAdaptersRequest\x1a\x1e.lorax.v1.ListAdaptersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorax.v1.adapter_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=676
-  _globals['_ADAPTERSTATE']._serialized_end=774
+  _globals['_ADAPTERSTATE']._serialized_start=818
+  _globals['_ADAPTERSTATE']._serialized_end=946
   _globals['_LOADADAPTERREQUEST']._serialized_start=69
   _globals['_LOADADAPTERREQUEST']._serialized_end=169
   _globals['_LOADADAPTERRESPONSE']._serialized_start=171
@@ -42,12 +42,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UNLOADADAPTERREQUEST']._serialized_end=272
   _globals['_UNLOADADAPTERRESPONSE']._serialized_start=274
   _globals['_UNLOADADAPTERRESPONSE']._serialized_end=318
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=320
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=341
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=343
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=402
-  _globals['_ADAPTER']._serialized_start=405
-  _globals['_ADAPTER']._serialized_end=674
-  _globals['_ADAPTERSERVICE']._serialized_start=777
-  _globals['_ADAPTERSERVICE']._serialized_end=1030
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_start=320
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_end=396
+  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_start=398
+  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_end=459
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=461
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=482
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=484
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=543
+  _globals['_ADAPTER']._serialized_start=546
+  _globals['_ADAPTER']._serialized_end=815
+  _globals['_ADAPTERSERVICE']._serialized_start=949
+  _globals['_ADAPTERSERVICE']._serialized_end=1290
 # @@protoc_insertion_point(module_scope)

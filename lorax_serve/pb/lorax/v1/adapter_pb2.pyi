@@ -16,9 +16,11 @@ class AdapterState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ADAPTER_STATE_UNSPECIFIED: _ClassVar[AdapterState]
     ADAPTER_STATE_READY: _ClassVar[AdapterState]
     ADAPTER_STATE_DRAINING: _ClassVar[AdapterState]
+    ADAPTER_STATE_SUPERSEDED: _ClassVar[AdapterState]
 ADAPTER_STATE_UNSPECIFIED: AdapterState
 ADAPTER_STATE_READY: AdapterState
 ADAPTER_STATE_DRAINING: AdapterState
+ADAPTER_STATE_SUPERSEDED: AdapterState
 
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("adapter_id", "path", "weight")
@@ -47,6 +49,20 @@ class UnloadAdapterResponse(_message.Message):
     FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
     freed_bytes: int
     def __init__(self, freed_bytes: _Optional[int] = ...) -> None: ...
+
+class RollbackAdapterRequest(_message.Message):
+    __slots__ = ("adapter_id", "digest")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    digest: str
+    def __init__(self, adapter_id: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class RollbackAdapterResponse(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: Adapter
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
 
 class ListAdaptersRequest(_message.Message):
     __slots__ = ()

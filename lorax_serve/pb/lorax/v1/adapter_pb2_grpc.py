@@ -44,6 +44,11 @@ class AdapterServiceStub:
                 request_serializer=lorax_dot_v1_dot_adapter__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=lorax_dot_v1_dot_adapter__pb2.UnloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.RollbackAdapter = channel.unary_unary(
+                '/lorax.v1.AdapterService/RollbackAdapter',
+                request_serializer=lorax_dot_v1_dot_adapter__pb2.RollbackAdapterRequest.SerializeToString,
+                response_deserializer=lorax_dot_v1_dot_adapter__pb2.RollbackAdapterResponse.FromString,
+                _registered_method=True)
         self.ListAdapters = channel.unary_unary(
                 '/lorax.v1.AdapterService/ListAdapters',
                 request_serializer=lorax_dot_v1_dot_adapter__pb2.ListAdaptersRequest.SerializeToString,
@@ -72,6 +77,14 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RollbackAdapter(self, request, context):
+        """Makes a name mean an earlier version again, at once: a load of its own, with a new sequence
+        number. The version that it replaces can be rolled back to in turn.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListAdapters(self, request, context):
         """Lists all versions in memory by name, those that drain included.
         """
@@ -91,6 +104,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.UnloadAdapter,
                     request_deserializer=lorax_dot_v1_dot_adapter__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=lorax_dot_v1_dot_adapter__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'RollbackAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackAdapter,
+                    request_deserializer=lorax_dot_v1_dot_adapter__pb2.RollbackAdapterRequest.FromString,
+                    response_serializer=lorax_dot_v1_dot_adapter__pb2.RollbackAdapterResponse.SerializeToString,
             ),
             'ListAdapters': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAdapters,
@@ -152,6 +170,33 @@ class AdapterService:
             '/lorax.v1.AdapterService/UnloadAdapter',
             lorax_dot_v1_dot_adapter__pb2.UnloadAdapterRequest.SerializeToString,
             lorax_dot_v1_dot_adapter__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorax.v1.AdapterService/RollbackAdapter',
+            lorax_dot_v1_dot_adapter__pb2.RollbackAdapterRequest.SerializeToString,
+            lorax_dot_v1_dot_adapter__pb2.RollbackAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,182 @@
+"""The adapters that a server keeps on its own disk: fetched, checked, recorded, cleaned up.
+
+Knows sources, content and the catalogue, and runs them on threads of its own, so that a source
+that hangs holds up neither the event loop nor other sources' users. Knows nothing of what is in
+memory, nor of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from lorax_serve.errors import AdapterConflict, LoraxError
+from lorax_serve.sources import FetchLimits, Source, WatchableSource
+from lorax_serve.store.catalog import Catalog, NameRecord
+from lorax_serve.store.content import ContentStore
+from lorax_serve.store.recovery import recover, remove_unreferenced
+
+__all__ = ["Fetched", "Library"]
+
+_THREADS = 4
+
+_T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
+
+
+class Fetched(NamedTuple):
+    """Content that is on this server's disk, whole and durable.
+
+    Attributes:
+        digest: of the content.
+        directory: where it is.
+        source, path, signature: where it came from, and how it is known there.
+    """
+
+    digest: str
+    directory: Path
+    source: str
+    path: str
+    signature: str
+
+
+class Library:
+    """A state directory and the source that fills it. Open it once, close it at the end.
+
+    Args:
+        state: the directory; only one server may use it.
+        source: where adapters come from; None: what is there is served, nothing comes in.
+        limits: of one fetch.
+        history: earlier versions kept for each name.
+
+    Raises:
+        StoreFailed: the directory is in use, damaged, or cannot be written.
+        Overloaded: the disk is full.
+    """
+
+    def __init__(
+        self, state: Path, source: Source | None, limits: FetchLimits, history: int
+    ) -> None:
+        self.source = source
+        self._limits = limits
+        with ExitStack() as opened:
+            self._content = opened.enter_context(ContentStore(state))
+            self._catalog = opened.enter_context(Catalog(state / "catalog.db", history))
+            self._recovery = recover(self._content, self._catalog)
+            self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="library")
+            opened.callback(self._threads.shutdown, wait=False, cancel_futures=True)
+            self._opened = opened.pop_all()
+        for name in (*self._recovery.missing, *self._recovery.damaged):
+            log.error("adapter %s was loaded, but its content in %s is damaged", name, state)
+
+    def close(self) -> None:
+        """Let another server use the directory."""
+        self._opened.close()
+
+    @asynccontextmanager
+    async def fetch(self, path: str, expected: str | None = None) -> AsyncIterator[Fetched]:
+        """Bring an adapter's files onto this disk.
+
+        They stay if they were recorded by the end of the block.
+
+        Args:
+            path: of the adapter in the source.
+            expected: the digest that it must have.
+
+        Raises:
+            AdapterConflict: there is no source.
+            SourceFailed: the source did not give it; nothing is left of it.
+            AdapterRejected: a file is missing, or has another digest.
+            StoreFailed, Overloaded: the disk.
+        """
+        source = self.source
+        if source is None:
+            raise AdapterConflict("this server loads no adapters: start it with --adapters")
+        with ExitStack() as stack:
+            stage = stack.enter_context(self._content.stage())
+            signature = await self._run(lambda: source.fetch(path, stage.path, self._limits))
+            digest = await self._run(lambda: self._content.commit(stage, expected))
+            try:
+                yield Fetched(digest, self._content.path(digest), source.uri, path, signature)
+            finally:
+                stack.close()
+                await self.clean([digest])
+
+    async def record(self, name: str, fetched: Fetched, weight: int) -> int:
+        """Have ``name`` mean this content from now on, also after a restart.
+
+        Returns:
+            The load's sequence number on this server.
+        """
+        recorded = await self._run(
+            lambda: self._catalog.record_load(
+                name,
+                fetched.digest,
+                source=fetched.source,
+                path=fetched.path,
+                signature=fetched.signature,
+                weight=weight,
+            )
+        )
+        return recorded.sequence
+
+    async def set_weight(self, name: str, weight: int) -> None:
+        """Change the share of a name."""
+        await self._run(lambda: self._catalog.set_weight(name, weight))
+
+    async def forget(self, name: str) -> None:
+        """Have ``name`` mean nothing. Its content stays until it is ``clean``ed."""
+        await self._run(lambda: self._catalog.record_unload(name))
+
+    async def roll_back(self, name: str, digest: str | None) -> NameRecord:
+        """Have ``name`` mean an earlier version again, the last one or that with this digest.
+
+        Raises:
+            AdapterNotFound: there is no such name.
+            AdapterConflict, InvalidRequest: it has no such version.
+        """
+        return await self._run(lambda: self._catalog.roll_back(name, digest))
+
+    async def clean(self, digests: Iterable[str]) -> None:
+        """Delete content that no name and no history refers to."""
+        try:
+            await self._run(lambda: remove_unreferenced(self._content, self._catalog, digests))
+        except LoraxError as error:  # it is found again at the next start
+            log.warning("content cannot be deleted: %s", error)
+
+    async def names(self) -> list[NameRecord]:
+        """What was recorded."""
+        return await self._run(self._catalog.names)
+
+    async def history(self, name: str) -> list[str]:
+        """The digests of a name's earlier versions, the last first."""
+        versions = await self._run(lambda: self._catalog.history(name))
+        return [version.digest for version in versions]
+
+    async def sequence_of(self, name: str, digest: str) -> int:
+        """The number of the load that made an earlier version; 0 if it is forgotten."""
+        versions = await self._run(lambda: self._catalog.history(name))
+        return next((each.sequence for each in versions if each.digest == digest), 0)
+
+    def directory(self, digest: str) -> Path:
+        """Where content is.
+
+        Raises:
+            StoreFailed: it is not there, or not whole.
+        """
+        return self._content.path(digest)
+
+    async def listing(self) -> dict[str, str] | None:
+        """What the source has: signatures by path; None if it cannot be listed."""
+        if not isinstance(self.source, WatchableSource):
+            return None
+        return await self._run(self.source.list)
+
+    async def _run(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
