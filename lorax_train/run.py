@@ -77,7 +77,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         base_parameters = sum(p.numel() for p in model.parameters())
         _check_fit(config, model, [*examples, *held_out])
         adapter = inject(model, config.lora, config.model, config.loop.seed)
-        obstacle = _why_not_served(source, adapter)
+        obstacle = _why_not_served(source)
         if obstacle:
             console.warn(f"lorax-serve will refuse this adapter, PEFT will not: {obstacle}")
         # Longer rows than one are not needed to see whether both ways give the same logits.
@@ -179,15 +179,13 @@ def _save(
     export(adapter, out.directory, out.save_dtype, metadata, card)
 
 
-def _why_not_served(source: Path, adapter: TrainableLoRA) -> str | None:
-    """What the server would say to this model, or to LoRA on these modules; None if nothing."""
+def _why_not_served(source: Path) -> str | None:
+    """What the server would say to this model; None if nothing."""
     try:
-        sites = read_spec(source).sites()
+        read_spec(source)
     except ModelUnsupported as error:
         return str(error)
-    known = {part.path for site in sites for part in site.slices}
-    other = [path for path in adapter.layers if path not in known]
-    return f"LoRA on {other[0]} is not applied yet" if other else None
+    return None
 
 
 def _fingerprint(source: Path, console: Console) -> str | None:

@@ -191,15 +191,15 @@ async def test_a_bad_adapter_is_refused_and_disturbs_nobody(
     start_server: StartServer, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     make_adapter("good", r=4, target_modules=ALL)
-    make_adapter("dora", r=4, use_dora=True, target_modules=["q_proj"])
+    make_adapter("olora", r=4, init_lora_weights="olora", target_modules=["q_proj"])
     server = await start_server(tmp_path)
-    assert list(server.refused) == ["dora"]
+    assert list(server.refused) == ["olora"]
     async with client_of(server) as client:
-        with pytest.raises(AdapterRejected, match="use_dora"):
-            await client.load_adapter("dora")
+        with pytest.raises(AdapterRejected, match="init_lora_weights"):
+            await client.load_adapter("olora")
         assert [adapter.name for adapter in await client.list_adapters()] == ["good"]
         with pytest.raises(AdapterNotFound):
-            await client.generate(PROMPT, adapter="dora")
+            await client.generate(PROMPT, adapter="olora")
         assert (await client.generate(PROMPT, adapter="good")).stop_reason is not StopReason.ERROR
         page = await asyncio.to_thread(
             lambda: urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics").read()
