@@ -7,6 +7,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from lorax_serve.errors import InvalidRequest
+from lorax_serve.report import LoadReport
 
 __all__ = [
     "BASE",
@@ -304,6 +305,7 @@ class AdapterInfo:
         nbytes: bytes that it takes in host memory.
         invocation_tokens: the last place where a prompt has them is where the adapter begins to act
             (aLoRA); empty: it acts on all tokens.
+        report: what the load has found.
     """
 
     digest: str
@@ -311,6 +313,7 @@ class AdapterInfo:
     num_modules: int
     nbytes: int
     invocation_tokens: tuple[int, ...] = ()
+    report: LoadReport = field(default_factory=LoadReport, compare=False)
 
     def start_in(self, prompt: tuple[int, ...]) -> int:
         """The first position of a prompt that the adapter acts on; ``NEVER`` if it does not."""

@@ -15,12 +15,15 @@
     ├── EngineFailed            the engine's process failed or has died
     └── StoreFailed             the state directory cannot be read, written or trusted
 
-``lorax_serve.server.status`` maps them to gRPC codes. Nothing here imports anything else.
+``lorax_serve.server.status`` maps them to gRPC codes. Nothing here imports anything but the report
+of a load, which a refused adapter carries.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
+
+from lorax_serve.report import LoadReport, RejectReason
 
 __all__ = [
     "AdapterConflict",
@@ -48,34 +51,25 @@ class InvalidRequest(LoraxError):
     """A request's field is out of range or contradicts another; the message names the field."""
 
 
-class RejectReason(StrEnum):
-    """Why an adapter was refused: a closed set, used as a metric label."""
-
-    MISSING_FILE = "missing_file"
-    BAD_CONFIG = "bad_config"
-    BAD_FILE = "bad_file"
-    UNSUPPORTED = "unsupported"
-    NO_MATCH = "no_match"
-    UNEXPECTED_TENSOR = "unexpected_tensor"
-    MISSING_TENSOR = "missing_tensor"
-    SHAPE_MISMATCH = "shape_mismatch"
-    RANK_MISMATCH = "rank_mismatch"
-    NOT_FINITE = "not_finite"
-
-
 class AdapterRejected(LoraxError):
     """An adapter that cannot be applied exactly; nothing of it was loaded.
 
     Attributes:
         reason: the class of the defect, for metrics and for callers that branch on it.
+        report: all that was found until then; None where no load has looked at the adapter.
     """
 
-    def __init__(self, reason: RejectReason, message: str) -> None:
+    def __init__(
+        self, reason: RejectReason, message: str, report: LoadReport | None = None
+    ) -> None:
         super().__init__(message)
         self.reason = reason
+        self.report = report
 
-    def __reduce__(self) -> tuple[type[AdapterRejected], tuple[RejectReason, str]]:
-        return type(self), (self.reason, str(self))
+    def __reduce__(
+        self,
+    ) -> tuple[type[AdapterRejected], tuple[RejectReason, str, LoadReport | None]]:
+        return type(self), (self.reason, str(self), self.report)
 
 
 class AdapterNotFound(LoraxError):

@@ -7,6 +7,7 @@ from lorax_serve.adapter.config import LoRAConfig
 from lorax_serve.adapter.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, read, save
 from lorax_serve.adapter.match import Match, match_tensors, match_weights
 from lorax_serve.adapter.modules import ModuleKind, ModuleShape
+from lorax_serve.adapter.report import inspect, refusal, report_of
 from lorax_serve.adapter.targets import select_targets
 from lorax_serve.adapter.tensors import Role, tensor_name
 from lorax_serve.adapter.weights import LoRAPair, LoRAWeights, TokenRows
@@ -23,9 +24,12 @@ __all__ = [
     "ModuleShape",
     "Role",
     "TokenRows",
+    "inspect",
     "match_tensors",
     "match_weights",
     "read",
+    "refusal",
+    "report_of",
     "save",
     "select_targets",
     "tensor_name",

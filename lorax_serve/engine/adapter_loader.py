@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -101,8 +101,15 @@ class AdapterLoader:
                     f"the files in {Path(load.path).name}/ are others than those that were loaded "
                     f"(digest {files.digest[:12]}, not {str(load.digest)[:12]})",
                 )
-            weights = leaf.match_weights(files.config, files.tensors, self._modules)
-            folded = self._fold(weights)
+            match = leaf.match_tensors(files.config, files.tensors, self._modules)
+            report = leaf.report_of(load.path, files, match, self._modules, None)
+            if match.weights is None:
+                first = match.problems[0]
+                raise AdapterRejected(first.reason, str(first), report)
+            folded = self._fold(match.weights)
+        except AdapterRejected as error:
+            error.report = error.report or leaf.refusal(error, load.path)
+            return LoadFinished(load, error=error)
         except LoraxError as error:
             return LoadFinished(load, error=error)
         except Exception as error:  # a defect of ours, but it must not end the thread
@@ -112,9 +119,10 @@ class AdapterLoader:
             return LoadFinished(load, error=reason)
         info = AdapterInfo(
             digest=files.digest,
-            max_rank=weights.max_rank,
-            num_modules=weights.num_modules,
+            max_rank=match.weights.max_rank,
+            num_modules=match.weights.num_modules,
             nbytes=folded.nbytes,
-            invocation_tokens=weights.invocation_tokens,
+            invocation_tokens=match.weights.invocation_tokens,
+            report=replace(report, host_bytes=folded.nbytes),
         )
         return LoadFinished(load, info, folded, seconds=time.perf_counter() - started)
