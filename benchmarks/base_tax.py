@@ -40,7 +40,9 @@ class Local:
     def __init__(self, config: EngineConfig, adapters: Sequence[Path]) -> None:
         runner = ModelRunner(config)
         loaded: queue.SimpleQueue[object] = queue.SimpleQueue()
-        loader = AdapterLoader(runner.modules, runner.fold, loaded.put)
+        loader = AdapterLoader(
+            runner.modules, runner.fold, loaded.put, probe="off", fingerprint=runner.fingerprint
+        )
         self.engine = Engine(config, runner, loader)
         self.vocab_size = runner.info.vocab_size
         self._ids = 0

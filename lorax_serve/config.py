@@ -8,10 +8,11 @@ from pathlib import Path
 
 from lorax_serve.errors import InvalidRequest
 
-__all__ = ["DTYPES", "KERNELS", "EngineConfig", "ServerConfig"]
+__all__ = ["DTYPES", "KERNELS", "PROBES", "EngineConfig", "ServerConfig"]
 
 KERNELS = ("auto", "compiled", "torch")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+PROBES = ("refuse", "warn", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,9 @@ class EngineConfig:
     max_device_adapter_bytes: int | None = None
     """Device memory for adapters in slots; default: only the slots are counted. Not for a CPU,
     where slots hold host memory."""
+    probe: str = "refuse"
+    """What becomes of an adapter that fails the golden probe in its file: refuse, warn (in the
+    report of the load), or off: probes are not computed."""
     max_waiting: int = 1024
     """Requests that wait for a place in the batch; more are refused as overload."""
     threads: int | None = None
@@ -100,6 +104,8 @@ class EngineConfig:
             raise InvalidRequest(f"kernels must be one of {need}, found {self.kernels!r}")
         if self.dtype not in DTYPES:
             raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
+        if self.probe not in PROBES:
+            raise InvalidRequest(f"probe must be one of {', '.join(PROBES)}, found {self.probe!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -305,7 +305,7 @@ class AdapterInfo:
         nbytes: bytes that it takes in host memory.
         invocation_tokens: the last place where a prompt has them is where the adapter begins to act
             (aLoRA); empty: it acts on all tokens.
-        report: what the load has found.
+        report: what the load has found, without its lists.
     """
 
     digest: str

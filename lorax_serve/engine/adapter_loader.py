@@ -14,6 +14,8 @@ import torch
 
 from lorax_serve import adapter as leaf
 from lorax_serve.adapter import LoRAWeights, ModuleShape
+from lorax_serve.adapter.files import AdapterFiles
+from lorax_serve.adapter.probe import Probe
 from lorax_serve.core import AdapterInfo
 from lorax_serve.errors import AdapterRejected, LoraxError, RejectReason
 from lorax_serve.model.runner import HostAdapter
@@ -30,25 +32,39 @@ class Load:
     """An adapter directory to read.
 
     Attributes:
-        call_id: of the ``LoadAdapter`` to answer; None where waiting requests want it again.
+        call_id: of the command to answer; None where waiting requests want it again.
         digest: what its files must still be; None the first time.
+        dry: whether only the report is wanted.
     """
 
     version: int
     path: str
     call_id: int | None = None
     digest: str | None = None
+    dry: bool = False
+
+    @property
+    def again(self) -> bool:
+        """Whether it was loaded before, and has passed all that is only looked at once."""
+        return self.call_id is None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadFinished:
-    """What the loading thread hands to the engine's thread: an adapter, or why there is none."""
+    """What the loading thread hands to the engine's thread: an adapter, or why there is none.
+
+    Attributes:
+        probe: what the adapter still has to answer before it is used; None if there is nothing.
+        fingerprint: of the base's weights; empty without a probe.
+    """
 
     load: Load
     info: AdapterInfo | None = None
     weights: HostAdapter | None = None
     error: LoraxError | None = None
     seconds: float = 0.0
+    probe: Probe | None = None
+    fingerprint: str = ""
 
 
 class AdapterLoader:
@@ -62,6 +78,8 @@ class AdapterLoader:
         modules: every linear module of the base model by path.
         fold: brings weights into the form that the device slots take.
         finished: called on the loading thread with each result.
+        probe: what becomes of golden probes, see ``EngineConfig.probe``.
+        fingerprint: of the base's weights; asked for on the loading thread, by the first probe.
     """
 
     def __init__(
@@ -69,10 +87,15 @@ class AdapterLoader:
         modules: dict[str, ModuleShape],
         fold: Callable[[LoRAWeights], HostAdapter],
         finished: Callable[[LoadFinished], None],
+        *,
+        probe: str,
+        fingerprint: Callable[[], str],
     ) -> None:
         self._modules = modules
         self._fold = fold
         self._finished = finished
+        self._policy = probe
+        self._fingerprint = fingerprint
         self._order = itertools.count()
         self._loads: queue.PriorityQueue[tuple[int, bool, Load]] = queue.PriorityQueue()
         threading.Thread(target=self._run, name="adapter-loader", daemon=True).start()
@@ -93,6 +116,7 @@ class AdapterLoader:
 
     def _load(self, load: Load) -> LoadFinished:
         started = time.perf_counter()
+        fingerprint = ""
         try:
             files = leaf.read(load.path)
             if load.digest not in (None, files.digest):
@@ -101,12 +125,21 @@ class AdapterLoader:
                     f"the files in {Path(load.path).name}/ are others than those that were loaded "
                     f"(digest {files.digest[:12]}, not {str(load.digest)[:12]})",
                 )
-            match = leaf.match_tensors(files.config, files.tensors, self._modules)
-            report = leaf.report_of(load.path, files, match, self._modules, None)
+            probe, flaw = (None, "") if load.again else self._probe(files)
+            refuses = self._policy == "refuse" and probe is not None
+            match = leaf.match_tensors(
+                files.config, files.tensors, self._modules, probed=load.again or refuses
+            )
+            match.warnings += [flaw] if flaw else []
+            report = leaf.report_of(load.path, files, match, self._modules, probe)
             if match.weights is None:
                 first = match.problems[0]
                 raise AdapterRejected(first.reason, str(first), report)
             folded = self._fold(match.weights)
+            if self._policy == "off":
+                probe = None
+            if probe is not None:
+                fingerprint = self._fingerprint()
         except AdapterRejected as error:
             error.report = error.report or leaf.refusal(error, load.path)
             return LoadFinished(load, error=error)
@@ -125,4 +158,20 @@ class AdapterLoader:
             invocation_tokens=match.weights.invocation_tokens,
             report=replace(report, host_bytes=folded.nbytes),
         )
-        return LoadFinished(load, info, folded, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return LoadFinished(
+            load, info, folded, seconds=seconds, probe=probe, fingerprint=fingerprint
+        )
+
+    def _probe(self, files: AdapterFiles) -> tuple[Probe | None, str]:
+        """The adapter's probe, and what is wrong with one that cannot be read.
+
+        Raises:
+            AdapterRejected: it cannot be read, and probes refuse adapters.
+        """
+        try:
+            return Probe.from_metadata(files.metadata), ""
+        except AdapterRejected as error:
+            if self._policy == "refuse":
+                raise
+            return None, str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import Batch, CacheKey, EngineStats, Sequence, StopReason, TokenOutput
@@ -16,14 +17,16 @@ from lorax_serve.engine.messages import (
     Abort,
     CheckIntegrity,
     DropAdapter,
+    InspectAdapter,
     LoadAdapter,
     Reply,
     StepReport,
     Submit,
 )
 from lorax_serve.engine.prefill_budget import PrefillBudget
+from lorax_serve.engine.probing import Prober
 from lorax_serve.engine.scheduler import Scheduler
-from lorax_serve.errors import EngineFailed, LoraxError
+from lorax_serve.errors import AdapterRejected, EngineFailed, LoraxError
 from lorax_serve.model.runner import ModelRunner
 from lorax_serve.model.sampler import Sample
 
@@ -44,6 +47,7 @@ class Engine:
     def __init__(self, config: EngineConfig, runner: ModelRunner, loader: AdapterLoader) -> None:
         self._runner = runner
         self._loader = loader
+        self._prober = Prober(runner, config.probe)
         host = HostCache(config.max_adapter_bytes)
         slots = AdapterSlots(config.adapter_slots, config.max_device_adapter_bytes, host.use)
         shared = runner.info.device == "cpu"
@@ -72,7 +76,14 @@ class Engine:
         return bool(scheduler.running or scheduler.waiting) and not self._stalled
 
     def handle(
-        self, message: Submit | Abort | LoadAdapter | DropAdapter | CheckIntegrity | LoadFinished
+        self,
+        message: Submit
+        | Abort
+        | LoadAdapter
+        | InspectAdapter
+        | DropAdapter
+        | CheckIntegrity
+        | LoadFinished,
     ) -> None:
         """Take one command or one finished load; answers go into the next report."""
         self._stalled = False
@@ -85,6 +96,8 @@ class Engine:
                 self._abort(request_id)
             case LoadAdapter(call_id, version, path):
                 self._loader.request(Load(version, path, call_id))
+            case InspectAdapter(call_id, path):
+                self._loader.request(Load(0, path, call_id, dry=True))
             case LoadFinished():
                 self._keep(message)
             case DropAdapter(call_id, version):
@@ -245,13 +258,21 @@ class Engine:
             error = self._store.arrived(loaded)
             if error is not None:
                 self._fail_waiting(load.version, str(error))
-        elif loaded.error is not None:
-            self._reply(Reply(load.call_id, error=loaded.error))
-        else:
-            try:
-                self._reply(Reply(load.call_id, self._store.add(loaded)))
-            except LoraxError as refused:
-                self._reply(Reply(load.call_id, error=refused))
+            return
+        try:
+            info = self._prober.check(loaded)
+            if load.dry:
+                self._reply(Reply(load.call_id, info.report))
+                return
+            # Thousands of adapters may be known, and the lists take 100 KB of each.
+            info = replace(info, report=info.report.brief())
+            self._reply(Reply(load.call_id, self._store.add(replace(loaded, info=info))))
+        except LoraxError as error:
+            report = error.report if isinstance(error, AdapterRejected) else None
+            if load.dry and report is not None:
+                self._reply(Reply(load.call_id, report))
+            else:
+                self._reply(Reply(load.call_id, error=error))
 
     def _fail_waiting(self, version: int, error: str) -> None:
         for sequence in self._scheduler.waiting_for(version):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from lorax_serve.core import AdapterInfo, EngineStats, ModelInfo, SamplingParams, TokenOutput
 from lorax_serve.errors import LoraxError
+from lorax_serve.report import LoadReport
 
 __all__ = [
     "HEADER_BYTES",
@@ -18,6 +19,7 @@ __all__ = [
     "CheckIntegrity",
     "Command",
     "DropAdapter",
+    "InspectAdapter",
     "LoadAdapter",
     "Reply",
     "StepReport",
@@ -62,6 +64,14 @@ class LoadAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class InspectAdapter:
+    """Look at an adapter as if to load it. Replied with its ``LoadReport``, also if refused."""
+
+    call_id: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class DropAdapter:
     """Free an adapter that no request uses. Replied with the bytes freed."""
 
@@ -81,7 +91,7 @@ class Stop:
     """Leave the step loop."""
 
 
-Command = Submit | Abort | LoadAdapter | DropAdapter | CheckIntegrity | Stop
+Command = Submit | Abort | LoadAdapter | InspectAdapter | DropAdapter | CheckIntegrity | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +99,7 @@ class Reply:
     """The answer to a command with a ``call_id``: a value, or an error to raise."""
 
     call_id: int
-    value: AdapterInfo | ModelInfo | int | tuple[str, ...] | None = None
+    value: AdapterInfo | LoadReport | ModelInfo | int | tuple[str, ...] | None = None
     error: LoraxError | None = None
 
 

@@ -69,7 +69,10 @@ def _serve(config: EngineConfig, link: socket.socket, inbox: queue.SimpleQueue[o
         failed = EngineFailed(f"the engine cannot start: {type(error).__name__}: {error}")
         _send(link, StepReport(replies=[Reply(READY_CALL, error=failed)]))
         return
-    engine = Engine(config, runner, AdapterLoader(runner.modules, runner.fold, inbox.put))
+    loader = AdapterLoader(
+        runner.modules, runner.fold, inbox.put, probe=config.probe, fingerprint=runner.fingerprint
+    )
+    engine = Engine(config, runner, loader)
     report = engine.take_report()
     report.replies.append(Reply(READY_CALL, runner.info))
     _send(link, report)

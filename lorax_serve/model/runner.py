@@ -17,6 +17,7 @@ from lorax_serve.kernels.build import KernelsUnavailable
 from lorax_serve.kernels.cpu import load as load_kernels
 from lorax_serve.model.compiled_decoder import CompiledDecoder, check_sizes
 from lorax_serve.model.decoder import Decoder, ForwardBatch, PromptChunk
+from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.fold import fold
 from lorax_serve.model.folded import FoldedAdapter
 from lorax_serve.model.kv_cache import KVCache, affordable_tokens
@@ -41,7 +42,7 @@ _DEFAULT_MAX_LENGTH = 4096
 class ModelRunner:
     """The base model, its KV cache and its adapter slots on one device.
 
-    Owned by one thread; only ``fold`` may be called from another.
+    Owned by one thread; only ``fold`` and ``fingerprint`` may be called from another.
 
     Raises:
         ModelUnsupported: the model cannot be found or run, or the device is not there.
@@ -70,6 +71,8 @@ class ModelRunner:
         )
         self.kv_tokens = _kv_budget(config, self._cache, device)
         self.modules = spec.modules()
+        self._own_slot = config.adapter_slots  # the one after those that requests can have
+        self._fingerprint = ""
         self.info = ModelInfo(
             model=config.model,
             directory=str(Path(directory).resolve()),
@@ -85,6 +88,16 @@ class ModelRunner:
     def fold(self, weights: LoRAWeights) -> HostAdapter:
         """``fold.fold``, then the form that the decoder's slots take; thread-safe."""
         return self._decoder.lora.prepare(fold(weights, self._decoder))
+
+    def fingerprint(self) -> str:
+        """``base_fingerprint`` of the model's files, read once; for one thread at a time.
+
+        Raises:
+            ModelUnsupported: the files have gone or changed.
+        """
+        if not self._fingerprint:
+            self._fingerprint = base_fingerprint(Path(self.info.directory))
+        return self._fingerprint
 
     def put_adapter(self, slot: int, adapter: HostAdapter) -> None:
         """Bring an adapter into a device slot, over what was there."""
@@ -132,6 +145,56 @@ class ModelRunner:
             hidden = hidden[rows]
         logits = self._decoder.logits(hidden, slots)
         return list(zip(sampled, sample(logits, sampled, self._decoder.kernels), strict=True))
+
+    @torch.inference_mode()
+    def logits_after(
+        self, prompt: Seq[int], of: Seq[int], adapter: HostAdapter | None, start: int = 0
+    ) -> list[float]:
+        """Logits of some tokens after a prompt, computed apart from all that runs.
+
+        Keys and values go to a cache that lives as long as the call, and the adapter to a slot that
+        no request can have.
+
+        Args:
+            prompt: token ids, as many as ``max_length`` at most.
+            of: the tokens whose logits are wanted.
+            adapter: from ``fold``; None is the base model.
+            start: the first position that the adapter acts on.
+        """
+        spec, decoder = self._decoder.spec, self._decoder
+        # Compiled kernels know one length of rows; untouched positions take no memory on a CPU.
+        length = len(prompt) if decoder.kernels is None else self.max_length
+        cache = KVCache(
+            spec.num_layers,
+            1,
+            spec.num_kv_heads,
+            length,
+            spec.head_dim,
+            decoder.dtype,
+            decoder.device,
+        )
+        alone = Sequence(
+            0,
+            list(prompt),
+            len(prompt),
+            None,
+            SamplingParams(),
+            1,
+            0,
+            frozenset(),
+            kv_slot=0,
+            adapter_slot=BASE if adapter is None else self._own_slot,
+            adapter_start=start,
+        )
+        try:
+            if adapter is not None:
+                self.put_adapter(self._own_slot, adapter)
+            hidden = decoder.forward(self._prepare([], [(alone, 0, len(prompt))]), cache)
+            logits = decoder.logits(hidden[-1:], [alone.slot_at(len(prompt) - 1)])
+            wanted: list[float] = logits[0].float().cpu()[list(of)].tolist()
+            return wanted
+        finally:
+            self.clear_adapter(self._own_slot)
 
     def _prepare(
         self, decodes: Seq[Sequence], chunks: Seq[tuple[Sequence, int, int]]

@@ -32,7 +32,13 @@ class InProcess:
         sizes = {"max_batch_size": 4, "max_sequence_length": 64}
         settings = EngineConfig(model=str(model), dtype="float32", **{**sizes, **config})
         self.runner = ModelRunner(settings)
-        self.loader = AdapterLoader(self.runner.modules, self.runner.fold, self.inbox.put)
+        self.loader = AdapterLoader(
+            self.runner.modules,
+            self.runner.fold,
+            self.inbox.put,
+            probe="refuse",
+            fingerprint=self.runner.fingerprint,
+        )
         self.engine = Engine(settings, self.runner, self.loader)
         self.tokens: dict[int, list[int]] = {}
         self.ended: dict[int, TokenOutput] = {}
@@ -215,7 +221,9 @@ def test_an_adapter_beyond_the_budget_is_refused(
 def test_a_second_reading_has_the_same_bits(tiny_model: Path, adapters: list[Path]) -> None:
     results: queue.SimpleQueue[LoadFinished] = queue.SimpleQueue()
     runner = ModelRunner(EngineConfig(model=str(tiny_model), dtype="float32", kernels="torch"))
-    loader = AdapterLoader(runner.modules, runner.fold, results.put)
+    loader = AdapterLoader(
+        runner.modules, runner.fold, results.put, probe="refuse", fingerprint=runner.fingerprint
+    )
     loader.request(Load(1, str(adapters[0]), call_id=1))
     first = results.get(timeout=30)
     assert first.info is not None
@@ -244,7 +252,9 @@ def test_what_requests_wait_for_is_read_before_new_adapters(
         started.get()  # holds the thread up until the others are queued
         results.put(result)
 
-    loader = AdapterLoader(runner.modules, runner.fold, finished)
+    loader = AdapterLoader(
+        runner.modules, runner.fold, finished, probe="refuse", fingerprint=runner.fingerprint
+    )
     for version in (1, 2, 3):
         loader.request(Load(version, str(adapters[version]), call_id=version))
     loader.request(Load(4, str(adapters[4]), digest="0" * 64))

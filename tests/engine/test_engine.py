@@ -27,15 +27,21 @@ class Local:
         config = EngineConfig(
             **{"model": str(model), "dtype": "float32", "max_batch_size": 4, **settings}
         )
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.runner = ModelRunner(config)
-        loader = AdapterLoader(self.runner.modules, self.runner.fold, self._inbox.put)
+        loader = AdapterLoader(
+            self.runner.modules,
+            self.runner.fold,
+            self.inbox.put,
+            probe=config.probe,
+            fingerprint=self.runner.fingerprint,
+        )
         self.engine = Engine(config, self.runner, loader)
         self.outputs: dict[int, list[TokenOutput]] = {}
 
     def load(self, version: int, path: Path) -> None:
         self.engine.handle(LoadAdapter(version, version, str(path)))
-        self.engine.handle(self._inbox.get(timeout=60))
+        self.engine.handle(self.inbox.get(timeout=60))
         (reply,) = self.report()
         assert reply.error is None
 
