@@ -14,20 +14,22 @@ from lorax_serve.errors import LoraxError
 __all__ = ["main"]
 
 _INTERRUPTED = 130
+_DEFAULT_SERVER = "localhost:50051"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        0 if it worked, 1 after an error of the server or the request, 130 after Ctrl-C.
+        0 if it worked, 1 after an error of the server or the request, or if an adapter that was
+        inspected would be refused, 130 after Ctrl-C.
     """
     options = _parser().parse_args(argv)
     from lorax_serve.client import Client
 
     try:
-        with Client(options.server, timeout=options.timeout) as client:
-            options.run(client, options)
+        with Client(options.server or _DEFAULT_SERVER, timeout=options.timeout) as client:
+            return options.run(client, options) or 0
     except LoraxError as error:
         print(f"lorax: error: {error}", file=sys.stderr)
         return 1
@@ -37,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return 0
 
 
 def _generate(client: Any, options: argparse.Namespace) -> None:
@@ -117,10 +118,9 @@ def _list(client: Any, options: argparse.Namespace) -> None:
             for each in client.list_adapters()
         ),
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    from lorax_serve.cli.inspection import table
+
+    print("\n".join(table(rows)))
 
 
 def _load(client: Any, options: argparse.Namespace) -> None:
@@ -129,6 +129,14 @@ def _load(client: Any, options: argparse.Namespace) -> None:
         f"{adapter.name}: version {adapter.version}, rank {adapter.rank} on "
         f"{adapter.module_count} modules, {adapter.host_bytes} bytes, digest {adapter.digest}"
     )
+    for warning in adapter.report.warnings if adapter.report else ():
+        print(f"lorax: warning: {warning}", file=sys.stderr)
+
+
+def _inspect(client: Any, options: argparse.Namespace) -> int:
+    from lorax_serve.cli.inspection import inspect
+
+    return inspect(client, options)
 
 
 def _rollback(client: Any, options: argparse.Namespace) -> None:
@@ -171,8 +179,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--server",
         metavar="HOST:PORT",
-        default=os.environ.get("LORAX_SERVER", "localhost:50051"),
-        help="default: $LORAX_SERVER, else localhost:50051",
+        default=os.environ.get("LORAX_SERVER"),
+        help=f"default: $LORAX_SERVER, else {_DEFAULT_SERVER}",
     )
     common.add_argument("--timeout", type=float, metavar="SECONDS", help="for each call")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -202,7 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", parents=[common], help="describe the server's model")
     info.set_defaults(run=_info)
 
-    adapters = commands.add_parser("adapters", help="list, load, roll back and unload adapters")
+    adapters = commands.add_parser(
+        "adapters", help="list, inspect, load, roll back and unload adapters"
+    )
     actions = adapters.add_subparsers(required=True, metavar="ACTION")
     each = actions.add_parser("list", parents=[common], help="what is loaded")
     each.set_defaults(run=_list)
@@ -217,6 +227,21 @@ def _parser() -> argparse.ArgumentParser:
     rollback.add_argument("name")
     rollback.add_argument("digest", nargs="?", help="of that version (default: the one before)")
     rollback.set_defaults(run=_rollback)
+    inspect = actions.add_parser(
+        "inspect", parents=[common], help="what a load would find, without loading"
+    )
+    inspect.add_argument(
+        "path",
+        help="inside the server's --adapters; without --server, a directory here if there is one",
+    )
+    inspect.add_argument(
+        "--local", action="store_true", help="look at a directory here, without a server"
+    )
+    inspect.add_argument(
+        "--model",
+        help="of --local, which it implies: as of lorax-serve (default: smollm2-135m)",
+    )
+    inspect.set_defaults(run=_inspect)
     unload = actions.add_parser("unload", parents=[common], help="drain and free an adapter")
     unload.add_argument("name")
     unload.set_defaults(run=_unload)

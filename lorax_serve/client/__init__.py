@@ -16,6 +16,7 @@ from lorax_serve.client.requests import GenerateOptions, Prompt
 from lorax_serve.client.results import Adapter, Generation, Model, Token, Tokens, TopToken
 from lorax_serve.client.sync import Client
 from lorax_serve.core import StopReason
+from lorax_serve.report import LoadReport, ModuleReport, ProbeOutcome, ProbeReport
 
 __all__ = [
     "Adapter",
@@ -23,7 +24,11 @@ __all__ = [
     "Client",
     "GenerateOptions",
     "Generation",
+    "LoadReport",
     "Model",
+    "ModuleReport",
+    "ProbeOutcome",
+    "ProbeReport",
     "Prompt",
     "ServerError",
     "StopReason",

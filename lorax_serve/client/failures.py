@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
+from lorax_serve.client.results import load_report
 from lorax_serve.errors import (
     AdapterConflict,
     AdapterNotFound,
@@ -18,10 +20,13 @@ from lorax_serve.errors import (
     SourceFailed,
     SourceReason,
 )
+from lorax_serve.pb.lorax.v1 import adapter_pb2
+from lorax_serve.report import LoadReport
 
 __all__ = ["ServerError", "TimedOut", "Unavailable", "error_of"]
 
 _REJECT_REASON = "lorax-reject-reason"
+_LOAD_REPORT = "lorax-load-report-bin"
 _SOURCE_REASON = "lorax-source-reason"
 
 _ERRORS: dict[grpc.StatusCode, type[LoraxError]] = {
@@ -56,7 +61,8 @@ def error_of(call: Any, address: str) -> LoraxError:
     trailing = dict(call.trailing_metadata() or ())
     if _REJECT_REASON in trailing:
         try:
-            return AdapterRejected(RejectReason(trailing[_REJECT_REASON]), message)
+            reason = RejectReason(trailing[_REJECT_REASON])
+            return AdapterRejected(reason, message, _report(trailing.get(_LOAD_REPORT)))
         except ValueError:  # a newer server's reason
             return InvalidRequest(message)
     # A newer server's reason is left to the code, which says as much as is known here.
@@ -69,3 +75,12 @@ def error_of(call: Any, address: str) -> LoraxError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return TimedOut(f"{address} did not answer in time; raise the timeout")
     return ServerError(f"{address}: {code.name}: {message}")
+
+
+def _report(raw: bytes | None) -> LoadReport | None:
+    if raw is None:
+        return None
+    try:
+        return load_report(adapter_pb2.LoadReport.FromString(raw))
+    except DecodeError:  # a proxy has cut it; the error says enough without
+        return None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from lorax_serve.core import StopReason
 from lorax_serve.pb.lorax.v1 import adapter_pb2
+from lorax_serve.report import LoadReport, ModuleReport, ProbeOutcome, ProbeReport, RejectReason
 
-__all__ = ["Adapter", "Generation", "Model", "Token", "Tokens", "TopToken"]
+__all__ = ["Adapter", "Generation", "Model", "Token", "Tokens", "TopToken", "load_report"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,8 @@ class Adapter:
         host_bytes: host memory that it takes.
         last_used: when the last request started with it, else when it was loaded.
         weight: its share of a busy server.
+        report: what the load has found, without lists of modules and tensors; only in the answer
+            to the load.
     """
 
     name: str
@@ -161,10 +164,11 @@ class Adapter:
     total_requests: int
     last_used: datetime
     weight: int
+    report: LoadReport | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, message: Any) -> Adapter:
-        """The content of a message."""
+    def of(cls, message: Any, report: LoadReport | None = None) -> Adapter:
+        """The content of a message, and of the report that came with it."""
         state = adapter_pb2.AdapterState.Name(message.state)
         return cls(
             name=message.adapter_id,
@@ -178,7 +182,53 @@ class Adapter:
             total_requests=message.total_requests,
             last_used=message.last_used.ToDatetime(tzinfo=UTC),
             weight=message.weight,
+            report=report,
         )
+
+    @classmethod
+    def loaded(cls, response: Any) -> Adapter:
+        """The content of the response to a load; an older server's has no report."""
+        report = load_report(response.report) if response.HasField("report") else None
+        return cls.of(response.adapter, report)
+
+
+def load_report(message: Any) -> LoadReport:
+    """The content of a ``LoadReport`` message."""
+    probe = message.probe
+    outcome = adapter_pb2.ProbeOutcome.Name(probe.outcome).removeprefix("PROBE_OUTCOME_").lower()
+    return LoadReport(
+        digest=message.digest,
+        base_model=message.base_model,
+        variants=tuple(message.variants),
+        modules=tuple(
+            ModuleReport(each.path, each.kind, each.rank, each.alpha, each.scale)
+            for each in message.modules
+        ),
+        matched=tuple(message.matched),
+        unmatched=tuple(message.unmatched),
+        missing=tuple(message.missing),
+        num_modules=message.module_count,
+        num_matched=message.matched_count,
+        num_unmatched=message.unmatched_count,
+        num_missing=message.missing_count,
+        file_bytes=message.file_bytes,
+        host_bytes=message.host_bytes,
+        warnings=tuple(message.warnings),
+        probe=ProbeReport(
+            ProbeOutcome.NONE if outcome == "unspecified" else ProbeOutcome(outcome),
+            probe.difference,
+            probe.tolerance,
+            probe.effect,
+            probe.message,
+        ),
+        reason=_reason(message.reject_reason) if message.HasField("reject_reason") else None,
+        problems=tuple(message.problems),
+    )
+
+
+def _reason(word: str) -> RejectReason:
+    # A newer server's reason is still a refusal; the problems say which.
+    return RejectReason(word) if word in list(RejectReason) else RejectReason.UNSUPPORTED
 
 
 def _token(message: Any) -> Token:

@@ -11,13 +11,14 @@ import grpc
 from lorax_serve.client import requests
 from lorax_serve.client.failures import error_of
 from lorax_serve.client.requests import GenerateOptions, Prompt
-from lorax_serve.client.results import Adapter, Generation, Model, Tokens
+from lorax_serve.client.results import Adapter, Generation, Model, Tokens, load_report
 from lorax_serve.pb.lorax.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
 )
+from lorax_serve.report import LoadReport
 
 __all__ = ["Client"]
 
@@ -136,7 +137,21 @@ class Client:
             timeout: seconds that this call may take; the load goes on.
         """
         request = adapter_pb2.LoadAdapterRequest(adapter_id=name, path=path, weight=weight)
-        return Adapter.of(self._call(self._adapters.LoadAdapter, request, timeout).adapter)
+        return Adapter.loaded(self._call(self._adapters.LoadAdapter, request, timeout))
+
+    def inspect_adapter(
+        self, name: str, path: str | None = None, *, timeout: float | None = None
+    ) -> LoadReport:
+        """What loading an adapter would find, and whether it would be refused; nothing is loaded.
+
+        Args:
+            name: what requests would call it.
+            path: its directory, inside the server's adapter directory; default ``name``.
+            timeout: seconds that this call may take.
+        """
+        request = adapter_pb2.InspectAdapterRequest(adapter_id=name, path=path)
+        answer = self._call(self._adapters.InspectAdapter, request, timeout)
+        return load_report(answer.report)
 
     def unload_adapter(self, name: str, *, timeout: float | None = None) -> int:
         """Take an adapter away, wait for its last request; returns the bytes that were freed."""

@@ -20,6 +20,7 @@ from lorax_serve.engine.messages import (
     CheckIntegrity,
     Command,
     DropAdapter,
+    InspectAdapter,
     LoadAdapter,
     Reply,
     StepReport,
@@ -29,6 +30,7 @@ from lorax_serve.engine.messages import (
     encode,
 )
 from lorax_serve.errors import EngineFailed, Overloaded
+from lorax_serve.report import LoadReport
 
 __all__ = ["AsyncEngine", "TokenSink"]
 
@@ -134,6 +136,12 @@ class AsyncEngine:
         info = await self._ask(lambda call: LoadAdapter(call, version, path))
         assert isinstance(info, AdapterInfo)
         return info
+
+    async def inspect_adapter(self, path: str) -> LoadReport:
+        """What a load of the adapter directory at ``path`` would find; a refusal is a report."""
+        report = await self._ask(lambda call: InspectAdapter(call, path))
+        assert isinstance(report, LoadReport)
+        return report
 
     async def drop_adapter(self, version: int) -> int:
         """Free an adapter that no request uses any more; returns the bytes freed."""

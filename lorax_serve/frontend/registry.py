@@ -33,6 +33,7 @@ from lorax_serve.errors import (
 )
 from lorax_serve.frontend.backoff import Backoff
 from lorax_serve.frontend.library import Fetched, Library
+from lorax_serve.report import LoadReport
 from lorax_serve.store.catalog import NameRecord
 
 __all__ = ["Adapter", "AdapterLoader", "AdapterRegistry", "AdapterState", "RegistryListener"]
@@ -88,6 +89,9 @@ class AdapterLoader(Protocol):
 
     async def load_adapter(self, version: int, path: str) -> AdapterInfo:
         """Read and check an adapter, which is ``version`` from then on."""
+
+    async def inspect_adapter(self, path: str) -> LoadReport:
+        """Say what a load would find."""
 
     async def drop_adapter(self, version: int) -> int:
         """Free a version; returns its bytes."""
@@ -383,6 +387,18 @@ class AdapterRegistry:
             adapter.info.digest,
         )
         self._listener.loaded(adapter)
+
+    async def inspect(self, name: str, path: str | None = None) -> LoadReport:
+        """What ``load`` would find; nothing is loaded, and a refusal is a report.
+
+        Raises:
+            LoraxError: as ``load``, where no adapter was found to look at.
+        """
+        _check_name(name)
+        if self._library is None:
+            return await self._engine.inspect_adapter(str(self._locate(path or name)))
+        async with self._library.fetch(path or name) as fetched:
+            return await self._engine.inspect_adapter(str(fetched.directory))
 
     async def unload(self, name: str) -> int:
         """Take ``name`` away at once, wait for its last request, free it; returns the bytes.

@@ -8,6 +8,7 @@ from lorax_serve.frontend.registry import AdapterRegistry
 from lorax_serve.pb.lorax.v1 import adapter_pb2 as pb
 from lorax_serve.pb.lorax.v1 import adapter_pb2_grpc
 from lorax_serve.server import convert
+from lorax_serve.server.report import report_message
 
 __all__ = ["AdapterServicer"]
 
@@ -26,7 +27,15 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):  # type: ignore[
         path = request.path if request.HasField("path") else None
         weight = request.weight if request.HasField("weight") else None
         adapter = await self.registry.load(request.adapter_id, path, weight)
-        return pb.LoadAdapterResponse(adapter=convert.adapter_message(adapter))
+        return pb.LoadAdapterResponse(
+            adapter=convert.adapter_message(adapter), report=report_message(adapter.info.report)
+        )
+
+    async def InspectAdapter(self, request: Any, context: Any) -> Any:
+        """Say what a load would find."""
+        path = request.path if request.HasField("path") else None
+        report = await self.registry.inspect(request.adapter_id, path)
+        return pb.InspectAdapterResponse(report=report_message(report))
 
     async def UnloadAdapter(self, request: Any, context: Any) -> Any:
         """Take the name away, wait for its last request, answer with the bytes freed."""

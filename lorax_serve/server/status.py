@@ -23,11 +23,14 @@ from lorax_serve.errors import (
     SourceReason,
     StoreFailed,
 )
+from lorax_serve.server.report import report_bytes
 
-__all__ = ["REJECT_REASON", "SOURCE_REASON", "Guard", "status_of"]
+__all__ = ["LOAD_REPORT", "REJECT_REASON", "SOURCE_REASON", "Guard", "status_of"]
 
 REJECT_REASON = "lorax-reject-reason"
 """Trailing metadata of a refused adapter: a value of ``RejectReason``."""
+LOAD_REPORT = "lorax-load-report-bin"
+"""Trailing metadata of a refused adapter: a ``LoadReport``, if a load has looked at it."""
 SOURCE_REASON = "lorax-source-reason"
 """Trailing metadata of an adapter that its source did not give: a value of ``SourceReason``."""
 
@@ -55,7 +58,9 @@ _ALWAYS_OPEN = "/grpc."
 log = logging.getLogger(__name__)
 
 
-def status_of(error: LoraxError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+def status_of(
+    error: LoraxError,
+) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]:
     """The status code, message and trailing metadata that stand for ``error``."""
     # Names of files may hold bytes that are no text, which a status cannot carry.
     message = str(error).encode(errors="replace").decode()
@@ -64,7 +69,11 @@ def status_of(error: LoraxError) -> tuple[grpc.StatusCode, str, tuple[tuple[str,
     if isinstance(error, SourceFailed):
         code = _SOURCE_CODES.get(error.reason, grpc.StatusCode.UNAVAILABLE)
         return code, message, ((SOURCE_REASON, str(error.reason)),)
-    trailing = ((REJECT_REASON, str(error.reason)),) if isinstance(error, AdapterRejected) else ()
+    trailing: tuple[tuple[str, str | bytes], ...] = ()
+    if isinstance(error, AdapterRejected):
+        trailing = ((REJECT_REASON, str(error.reason)),)
+        if error.report is not None:
+            trailing += ((LOAD_REPORT, report_bytes(error.report)),)
     return _CODES.get(type(error), grpc.StatusCode.INTERNAL), message, trailing
 
 

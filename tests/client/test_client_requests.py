@@ -156,7 +156,7 @@ class FailedCall:
     def details(self) -> str:
         return self._parts[1]
 
-    def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         return self._parts[2]
 
 

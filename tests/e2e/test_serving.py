@@ -44,6 +44,27 @@ async def text_of(stream: object) -> str:
     return "".join([chunk.text async for chunk in stream])  # type: ignore[attr-defined]
 
 
+async def test_inspecting_finds_what_a_load_would(
+    start_server: StartServer, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_adapter("good", r=4, target_modules=["q_proj"])
+    (make_adapter("bad", target_modules=["q_proj"]) / "adapter_model.safetensors").write_bytes(b"?")
+    server = await start_server(tmp_path)
+    async with client_of(server) as client:
+        await client.unload_adapter("good")
+        dry = await client.inspect_adapter("good")
+        assert (dry.applied, dry.num_matched, len(dry.modules)) == (True, 4, 2)
+        assert await client.list_adapters() == []
+        loaded = await client.load_adapter("good")
+        assert loaded.report == dry.brief()
+        assert (dry.digest, dry.host_bytes) == (loaded.digest, loaded.host_bytes)
+        bad = await client.inspect_adapter("bad")
+        with pytest.raises(AdapterRejected) as caught:
+            await client.load_adapter("bad")
+        assert caught.value.report == bad
+        assert bad.reason is caught.value.reason
+
+
 async def test_tokens_do_not_depend_on_the_batch(
     start_server: StartServer, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from lorax_serve.frontend.registry import (
     AdapterState,
     RegistryListener,
 )
+from lorax_serve.report import LoadReport
 
 
 class Loader:
@@ -39,6 +40,9 @@ class Loader:
             raise AdapterRejected(RejectReason.BAD_FILE, "it is bad")
         self.loaded[version] = path
         return AdapterInfo(digest, 4, 2, 100)
+
+    async def inspect_adapter(self, path: str) -> LoadReport:
+        return LoadReport(digest=Path(path).name)
 
     async def drop_adapter(self, version: int) -> int:
         await asyncio.sleep(0)
@@ -97,6 +101,15 @@ async def test_load_acquire_release_unload(setting: Setting) -> None:
     assert setting.registry.adapters() == []
     assert setting.loader.loaded == {}
     assert setting.listener.events == [("loaded", "poet:1"), ("unloaded", "poet:1")]
+
+
+async def test_inspecting_loads_nothing(setting: Setting) -> None:
+    setting.write("poet", "v1")
+    assert (await setting.registry.inspect("poet")).digest == "poet"
+    assert (await setting.registry.inspect("pilot", "poet")).digest == "poet"
+    with pytest.raises(InvalidRequest, match="leads outside"):
+        await setting.registry.inspect("poet", "../elsewhere")
+    assert (setting.loader.loaded, setting.listener.events) == ({}, [])
 
 
 async def test_unknown_names_are_told_what_there_is(setting: Setting) -> None:

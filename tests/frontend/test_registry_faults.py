@@ -18,6 +18,7 @@ from lorax_serve.errors import (
     RejectReason,
 )
 from lorax_serve.frontend.registry import Adapter, AdapterRegistry, AdapterState, RegistryListener
+from lorax_serve.report import LoadReport
 
 
 class ScriptedLoader:
@@ -38,6 +39,9 @@ class ScriptedLoader:
             raise answer
         self.held.add(version)
         return AdapterInfo(answer, 4, 2, 10)
+
+    async def inspect_adapter(self, path: str) -> LoadReport:
+        return LoadReport(digest=Path(path).name)
 
     async def drop_adapter(self, version: int) -> int:
         await self.go.wait()

@@ -20,6 +20,7 @@ from lorax_serve.errors import (
 )
 from lorax_serve.frontend.library import Library
 from lorax_serve.frontend.registry import AdapterRegistry, AdapterState
+from lorax_serve.report import LoadReport
 from lorax_serve.sources import FetchLimits, open_source
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE, digest_of
 from tests.server.harness import until
@@ -39,6 +40,9 @@ class Engine:
             raise AdapterRejected(RejectReason.BAD_FILE, "it is bad")
         digest = self.held[version] = digest_of(Path(path))
         return AdapterInfo(digest, 4, 2, 100)
+
+    async def inspect_adapter(self, path: str) -> LoadReport:
+        return LoadReport(digest=digest_of(Path(path)))
 
     async def drop_adapter(self, version: int) -> int:
         del self.held[version]
@@ -209,6 +213,13 @@ async def test_a_refused_adapter_leaves_nothing_and_changes_nothing(place: Place
         await registry.load("poet")
     assert registry.acquire("poet") is first
     await until(lambda: place.kept == {good})
+
+
+async def test_looking_at_an_adapter_keeps_nothing_of_it(place: Place) -> None:
+    registry = place.start()
+    digest = place.write("poet", b"1")
+    assert (await registry.inspect("poet")).digest == digest
+    assert (registry.adapters(), place.engine.held, place.kept) == ([], {}, set())
 
 
 async def test_requests_load_what_the_source_has_once(place: Place) -> None:

@@ -11,6 +11,7 @@ from lorax_serve.core import AdapterInfo, EngineStats, ModelInfo, StopReason, To
 from lorax_serve.engine.messages import StepReport, Submit
 from lorax_serve.errors import AdapterRejected, EngineFailed, Overloaded, RejectReason
 from lorax_serve.frontend.async_engine import AsyncEngine, TokenSink
+from lorax_serve.report import LoadReport
 from tests.frontend.toy_tokenizers import EOS, WORDS
 
 STEP_SECONDS = 0.002
@@ -34,6 +35,7 @@ class FakeEngine(AsyncEngine):
         loads: names of the directories that were loaded or are waiting.
         loads_open: loads wait for it.
         dropped: versions that were freed.
+        report: of what is loaded and inspected, in place of a plain one.
         closed: whether it was closed.
     """
 
@@ -60,6 +62,7 @@ class FakeEngine(AsyncEngine):
         self.loads_open = asyncio.Event()
         self.loads_open.set()
         self.dropped: list[int] = []
+        self.report: LoadReport | None = None
         self.closed = False
         self._limit = limit
         self._requests: dict[int, _Running] = {}
@@ -85,9 +88,15 @@ class FakeEngine(AsyncEngine):
         self.loads.append(Path(path).name)
         await self.loads_open.wait()
         content = (Path(path) / "adapter_config.json").read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        report = LoadReport(digest=digest, num_modules=14)
         if b"bad" in content:
-            raise AdapterRejected(RejectReason.SHAPE_MISMATCH, "lora_A of layer 3 has rank 5")
-        return AdapterInfo(hashlib.sha256(content).hexdigest(), 8, 14, len(content))
+            reason, message = RejectReason.SHAPE_MISMATCH, "lora_A of layer 3 has rank 5"
+            raise AdapterRejected(reason, message, self.report or report.refused(reason, message))
+        return AdapterInfo(digest, 8, 14, len(content), report=self.report or report)
+
+    async def inspect_adapter(self, path: str) -> LoadReport:
+        return self.report or LoadReport(digest=Path(path).name)
 
     async def drop_adapter(self, version: int) -> int:
         assert version not in {each.command.adapter for each in self._requests.values()}

@@ -11,12 +11,23 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class ProbeOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PROBE_OUTCOME_UNSPECIFIED: _ClassVar[ProbeOutcome]
+    PROBE_OUTCOME_UNCHECKED: _ClassVar[ProbeOutcome]
+    PROBE_OUTCOME_PASSED: _ClassVar[ProbeOutcome]
+    PROBE_OUTCOME_FAILED: _ClassVar[ProbeOutcome]
+
 class AdapterState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ADAPTER_STATE_UNSPECIFIED: _ClassVar[AdapterState]
     ADAPTER_STATE_READY: _ClassVar[AdapterState]
     ADAPTER_STATE_DRAINING: _ClassVar[AdapterState]
     ADAPTER_STATE_SUPERSEDED: _ClassVar[AdapterState]
+PROBE_OUTCOME_UNSPECIFIED: ProbeOutcome
+PROBE_OUTCOME_UNCHECKED: ProbeOutcome
+PROBE_OUTCOME_PASSED: ProbeOutcome
+PROBE_OUTCOME_FAILED: ProbeOutcome
 ADAPTER_STATE_UNSPECIFIED: AdapterState
 ADAPTER_STATE_READY: AdapterState
 ADAPTER_STATE_DRAINING: AdapterState
@@ -33,10 +44,92 @@ class LoadAdapterRequest(_message.Message):
     def __init__(self, adapter_id: _Optional[str] = ..., path: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
 
 class LoadAdapterResponse(_message.Message):
-    __slots__ = ("adapter",)
+    __slots__ = ("adapter", "report")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
     adapter: Adapter
-    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+    report: LoadReport
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., report: _Optional[_Union[LoadReport, _Mapping]] = ...) -> None: ...
+
+class InspectAdapterRequest(_message.Message):
+    __slots__ = ("adapter_id", "path")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    path: str
+    def __init__(self, adapter_id: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
+
+class InspectAdapterResponse(_message.Message):
+    __slots__ = ("report",)
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    report: LoadReport
+    def __init__(self, report: _Optional[_Union[LoadReport, _Mapping]] = ...) -> None: ...
+
+class LoadReport(_message.Message):
+    __slots__ = ("digest", "base_model", "variants", "modules", "matched", "unmatched", "missing", "module_count", "matched_count", "unmatched_count", "missing_count", "file_bytes", "host_bytes", "warnings", "probe", "reject_reason", "problems")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    VARIANTS_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    MATCHED_FIELD_NUMBER: _ClassVar[int]
+    UNMATCHED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    MODULE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MATCHED_COUNT_FIELD_NUMBER: _ClassVar[int]
+    UNMATCHED_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MISSING_COUNT_FIELD_NUMBER: _ClassVar[int]
+    FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    PROBE_FIELD_NUMBER: _ClassVar[int]
+    REJECT_REASON_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    base_model: str
+    variants: _containers.RepeatedScalarFieldContainer[str]
+    modules: _containers.RepeatedCompositeFieldContainer[ModuleReport]
+    matched: _containers.RepeatedScalarFieldContainer[str]
+    unmatched: _containers.RepeatedScalarFieldContainer[str]
+    missing: _containers.RepeatedScalarFieldContainer[str]
+    module_count: int
+    matched_count: int
+    unmatched_count: int
+    missing_count: int
+    file_bytes: int
+    host_bytes: int
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    probe: ProbeReport
+    reject_reason: str
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, digest: _Optional[str] = ..., base_model: _Optional[str] = ..., variants: _Optional[_Iterable[str]] = ..., modules: _Optional[_Iterable[_Union[ModuleReport, _Mapping]]] = ..., matched: _Optional[_Iterable[str]] = ..., unmatched: _Optional[_Iterable[str]] = ..., missing: _Optional[_Iterable[str]] = ..., module_count: _Optional[int] = ..., matched_count: _Optional[int] = ..., unmatched_count: _Optional[int] = ..., missing_count: _Optional[int] = ..., file_bytes: _Optional[int] = ..., host_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., probe: _Optional[_Union[ProbeReport, _Mapping]] = ..., reject_reason: _Optional[str] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ModuleReport(_message.Message):
+    __slots__ = ("path", "kind", "rank", "alpha", "scale")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    kind: str
+    rank: int
+    alpha: float
+    scale: float
+    def __init__(self, path: _Optional[str] = ..., kind: _Optional[str] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., scale: _Optional[float] = ...) -> None: ...
+
+class ProbeReport(_message.Message):
+    __slots__ = ("outcome", "difference", "tolerance", "effect", "message")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    EFFECT_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    outcome: ProbeOutcome
+    difference: float
+    tolerance: float
+    effect: float
+    message: str
+    def __init__(self, outcome: _Optional[_Union[ProbeOutcome, str]] = ..., difference: _Optional[float] = ..., tolerance: _Optional[float] = ..., effect: _Optional[float] = ..., message: _Optional[str] = ...) -> None: ...
 
 class UnloadAdapterRequest(_message.Message):
     __slots__ = ("adapter_id",)

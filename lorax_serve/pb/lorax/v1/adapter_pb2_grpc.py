@@ -39,6 +39,11 @@ class AdapterServiceStub:
                 request_serializer=lorax_dot_v1_dot_adapter__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=lorax_dot_v1_dot_adapter__pb2.LoadAdapterResponse.FromString,
                 _registered_method=True)
+        self.InspectAdapter = channel.unary_unary(
+                '/lorax.v1.AdapterService/InspectAdapter',
+                request_serializer=lorax_dot_v1_dot_adapter__pb2.InspectAdapterRequest.SerializeToString,
+                response_deserializer=lorax_dot_v1_dot_adapter__pb2.InspectAdapterResponse.FromString,
+                _registered_method=True)
         self.UnloadAdapter = channel.unary_unary(
                 '/lorax.v1.AdapterService/UnloadAdapter',
                 request_serializer=lorax_dot_v1_dot_adapter__pb2.UnloadAdapterRequest.SerializeToString,
@@ -64,6 +69,14 @@ class AdapterServiceServicer:
         they started with. Loading what is loaded already changes its weight
         at most. Answers when the adapter
         can be used; the load goes on if the call is cancelled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InspectAdapter(self, request, context):
+        """Says what LoadAdapter would find, and loads nothing. A refusal is an answer too, unless there is
+        no such directory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,6 +112,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.LoadAdapter,
                     request_deserializer=lorax_dot_v1_dot_adapter__pb2.LoadAdapterRequest.FromString,
                     response_serializer=lorax_dot_v1_dot_adapter__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'InspectAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.InspectAdapter,
+                    request_deserializer=lorax_dot_v1_dot_adapter__pb2.InspectAdapterRequest.FromString,
+                    response_serializer=lorax_dot_v1_dot_adapter__pb2.InspectAdapterResponse.SerializeToString,
             ),
             'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.UnloadAdapter,
@@ -143,6 +161,33 @@ class AdapterService:
             '/lorax.v1.AdapterService/LoadAdapter',
             lorax_dot_v1_dot_adapter__pb2.LoadAdapterRequest.SerializeToString,
             lorax_dot_v1_dot_adapter__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InspectAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorax.v1.AdapterService/InspectAdapter',
+            lorax_dot_v1_dot_adapter__pb2.InspectAdapterRequest.SerializeToString,
+            lorax_dot_v1_dot_adapter__pb2.InspectAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,
