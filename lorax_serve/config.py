@@ -133,6 +133,9 @@ class ServerConfig:
     nothing is loaded from it at the start."""
     adapter_history: int = 4
     """With --state, earlier versions that are kept of each adapter."""
+    watch_seconds: float = 10.0
+    """With --state, how often the source is looked at for what is new or has changed, and what
+    could not be loaded is tried again; 0 switches it off."""
     fetch_seconds: float = 300.0
     """How long fetching one adapter from the source may take."""
     drain_seconds: float = 30.0
@@ -148,8 +151,10 @@ class ServerConfig:
         if self.state is None and (self.source is not None or self.load_on_demand):
             flag = "source" if self.source is not None else "load_on_demand"
             raise InvalidRequest(f"{flag} needs --state DIR, where what comes from it is kept")
-        if self.fetch_seconds <= 0:
+        if not self.fetch_seconds > 0:
             raise InvalidRequest(f"fetch_seconds must be more than 0, found {self.fetch_seconds}")
+        if not self.watch_seconds >= 0:
+            raise InvalidRequest(f"watch_seconds must be 0 or more, found {self.watch_seconds}")
         if self.drain_seconds < 0:
             raise InvalidRequest(f"drain_seconds must be 0 or more, found {self.drain_seconds}")
 

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -422,59 +422,48 @@ class AdapterRegistry:
         return sum(await asyncio.shield(asyncio.gather(*draining)))
 
     async def load_all(self) -> dict[str, LoraxError]:
-        """Load what was loaded before the server stopped, then every adapter in the root or source
-        that is new or has changed; returns the refusals by name."""
+        """Load every adapter directory in the root; returns the refusals by name. With a library,
+        that is the reconciler's work."""
         failures: dict[str, LoraxError] = {}
-        known: dict[str, tuple[str | None, str, str]] = {}
-        if self._library is not None:
-            for record in await self._library.names():
-                known[record.name] = record.source, record.path, record.signature
-                try:
-                    await self._restore(self._library, record)
-                except LoraxError as error:
-                    failures[record.name] = error
-                    log.error("adapter %s cannot be restored: %s", record.name, error)
-        names = await self._new_names(known, failures)
+        if self._root is None:
+            return failures
+        directories = [
+            each for each in sorted(self._root.iterdir()) if (each / "adapter_config.json").exists()
+        ]
         last_word = time.monotonic()
-        for done, name in enumerate(names):
+        for done, directory in enumerate(directories):
             if time.monotonic() - last_word > _PROGRESS_SECONDS:
                 last_word = time.monotonic()
-                log.info("%d of %d adapters loaded", done - len(failures), len(names))
+                log.info("%d of %d adapters loaded", done - len(failures), len(directories))
             try:
-                await self.load(name)
+                await self.load(directory.name)
             except LoraxError as error:
-                failures[name] = error
-                log.error("adapter %s refused: %s", name, error)
+                failures[directory.name] = error
+                log.error("adapter %s refused: %s", directory.name, error)
         return failures
 
-    async def _restore(self, library: Library, record: NameRecord) -> None:
-        key, directory = self._next_key(), library.directory(record.digest)
-        info = await self._engine.load_adapter(key, str(directory))
+    def is_loaded(self, name: str) -> bool:
+        """Whether ``name`` means a version now."""
+        return name in self._by_name
+
+    async def restore(self, record: NameRecord) -> None:
+        """Serve what was recorded before the server stopped.
+
+        Raises:
+            AdapterConflict: the name is being loaded.
+            StoreFailed: its content is not whole.
+            LoraxError: as ``load``.
+        """
+        assert self._library is not None
+        self._check_free(record.name)
+        self._loading.add(record.name)
+        try:
+            key, directory = self._next_key(), self._library.directory(record.digest)
+            info = await self._engine.load_adapter(key, str(directory))
+        finally:
+            self._loading.discard(record.name)
         adapter = Adapter(record.name, record.sequence, info, directory, key, record.weight)
         self._flip(adapter)
-
-    async def _new_names(
-        self, known: Mapping[str, tuple[str | None, str, str]], failures: dict[str, LoraxError]
-    ) -> list[str]:
-        if self._library is None:
-            if self._root is None:
-                return []
-            there = sorted(self._root.iterdir())
-            return [each.name for each in there if (each / "adapter_config.json").exists()]
-        source = self._library.source
-        if source is None or self._on_demand:
-            return []
-        try:
-            listing = await self._library.listing() or {}
-        except LoraxError as error:
-            failures[source.uri] = error
-            log.error("%s cannot be listed: %s", source.uri, error)
-            return []
-        return [
-            path
-            for path, signature in sorted(listing.items())
-            if known.get(path) != (source.uri, path, signature)
-        ]
 
     def _retire(self, adapter: Adapter) -> asyncio.Task[int]:
         adapter.state = AdapterState.DRAINING

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -18,6 +19,7 @@ from lorax_serve.errors import InvalidRequest, LoraxError
 from lorax_serve.frontend.async_engine import AsyncEngine
 from lorax_serve.frontend.generator import TextGenerator
 from lorax_serve.frontend.library import Library
+from lorax_serve.frontend.reconciler import Reconciler
 from lorax_serve.frontend.registry import Adapter, AdapterRegistry
 from lorax_serve.frontend.text import Tokenizer
 from lorax_serve.metrics import Metrics, MetricsServer
@@ -195,7 +197,29 @@ class Server:
         self._generator = TextGenerator(engine, registry, tokenizer, self.metrics)
         self._generation.generator = self._generator
         self._adapters.registry = registry
-        self.refused = await registry.load_all()
+        if library is None:
+            self.refused = await registry.load_all()
+        else:
+            await self._reconcile(registry, library)
+
+    async def _reconcile(self, registry: AdapterRegistry, library: Library) -> None:
+        """Serve what should be served, and go on seeing to that."""
+        config = self._config
+        reconciler = Reconciler(registry, library, from_source=not config.load_on_demand)
+        self.refused = reconciler.failures
+        await reconciler.run_once()
+        if config.watch_seconds:
+            self._in_background(reconciler.run_for_ever(config.watch_seconds), "reconciler")
+
+    def _in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run ``work`` until the server stops."""
+        task = asyncio.create_task(work, name=name)
+
+        async def stop() -> None:
+            task.cancel()
+            await asyncio.wait([task])
+
+        self._cleanup.push_async_callback(stop)
 
     def _open_library(self) -> Library | None:
         """What the state directory has, before the model is loaded for nothing."""
@@ -216,13 +240,7 @@ class Server:
             self.failed.set()
             await self._health.enter_graceful_shutdown()
 
-        watcher = asyncio.create_task(watch(), name="engine-watch")
-
-        async def stop_watching() -> None:
-            watcher.cancel()
-            await asyncio.wait([watcher])
-
-        self._cleanup.push_async_callback(stop_watching)
+        self._in_background(watch(), "engine-watch")
 
     async def _report_health(self, status: int) -> None:
         for service in ("", *SERVICES):

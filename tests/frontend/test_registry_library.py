@@ -3,93 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from lorax_serve.core import AdapterInfo
 from lorax_serve.errors import (
     AdapterConflict,
     AdapterNotFound,
     AdapterRejected,
     InvalidRequest,
-    RejectReason,
     SourceFailed,
     SourceReason,
 )
-from lorax_serve.frontend.library import Library
 from lorax_serve.frontend.registry import AdapterRegistry, AdapterState
-from lorax_serve.report import LoadReport
-from lorax_serve.sources import FetchLimits, open_source
-from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE, digest_of
+from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
+from tests.frontend.place import Engine, Place
 from tests.server.harness import until
-
-
-class Engine:
-    """Reads the digest of a directory; refuses weights that say ``bad``."""
-
-    def __init__(self) -> None:
-        self.held: dict[int, str] = {}
-        self.loads = 0
-
-    async def load_adapter(self, version: int, path: str) -> AdapterInfo:
-        await asyncio.sleep(0)
-        self.loads += 1
-        if (Path(path) / WEIGHTS_FILE).read_bytes() == b"bad":
-            raise AdapterRejected(RejectReason.BAD_FILE, "it is bad")
-        digest = self.held[version] = digest_of(Path(path))
-        return AdapterInfo(digest, 4, 2, 100)
-
-    async def inspect_adapter(self, path: str) -> LoadReport:
-        return LoadReport(digest=digest_of(Path(path)))
-
-    async def drop_adapter(self, version: int) -> int:
-        del self.held[version]
-        return 100
-
-
-class Place:
-    """A source and a state directory, and servers on them one after the other."""
-
-    def __init__(self, root: Path) -> None:
-        self.source, self.state = root / "source", root / "state"
-        self.source.mkdir()
-        self.engine = Engine()
-        self.libraries: list[Library] = []
-
-    def write(self, name: str, weights: bytes) -> str:
-        directory = self.source / name
-        directory.mkdir(exist_ok=True)
-        for file, content in ((CONFIG_FILE, b"{}"), (WEIGHTS_FILE, weights)):
-            (directory / f"{file}.new").write_bytes(content)
-            (directory / f"{file}.new").replace(directory / file)
-        return digest_of(directory)
-
-    def start(self, *, on_demand: bool = False, history: int = 2) -> AdapterRegistry:
-        self.stop()
-        self.engine = Engine()
-        limits = FetchLimits(1000, 10)
-        self.libraries = [Library(self.state, open_source(str(self.source)), limits, history)]
-        return AdapterRegistry(
-            self.engine, None, None, self.libraries[0], history=history, on_demand=on_demand
-        )
-
-    def stop(self) -> None:
-        for library in self.libraries:
-            library.close()
-
-    @property
-    def kept(self) -> set[str]:
-        """The digests on disk."""
-        return {each.name for each in (self.state / "adapters").iterdir()}
-
-
-@pytest.fixture
-async def place(tmp_path: Path) -> AsyncIterator[Place]:
-    place = Place(tmp_path)
-    yield place
-    place.stop()
 
 
 async def test_a_name_and_its_versions_by_digest(place: Place) -> None:
@@ -154,46 +83,6 @@ async def test_a_version_in_use_stays_until_its_last_request(place: Place) -> No
     assert one not in place.engine.held.values()
 
 
-async def test_a_restart_serves_what_was_acknowledged(place: Place) -> None:
-    registry = place.start()
-    first = place.write("poet", b"1")
-    await registry.load("poet", weight=7)
-    place.write("poet", b"2")
-    before = await registry.load("poet")
-    place.write("pilot", b"3")
-    await registry.load("pilot")
-    await registry.unload("pilot")
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        (place.source / "pilot" / file).unlink()
-    (place.source / "pilot").rmdir()
-
-    registry = place.start()
-    assert await registry.load_all() == {}
-    (after,) = registry.adapters()
-    assert (after.name, after.version, after.weight) == ("poet", before.version, 7)
-    assert after.info == before.info
-    assert place.engine.loads == 1  # nothing was fetched again
-    # An earlier version is still there, on disk.
-    old = await registry.admit(f"poet@{first}")
-    assert old.info.digest == first
-    assert (await registry.roll_back("poet")) is old
-
-
-async def test_a_restart_loads_what_has_changed_in_the_source(place: Place) -> None:
-    registry = place.start()
-    place.write("poet", b"1")
-    place.write("pilot", b"2")
-    assert await registry.load_all() == {}
-    changed = place.write("poet", b"3")
-    place.write("bad", b"bad")
-    registry = place.start()
-    failures = await registry.load_all()
-    assert {name: type(error) for name, error in failures.items()} == {"bad": AdapterRejected}
-    assert registry.acquire("poet").info.digest == changed
-    assert {adapter.name for adapter in registry.adapters()} == {"poet", "pilot"}
-    assert len(place.kept) == 3
-
-
 async def test_unloading_forgets_all_versions_and_their_files(place: Place) -> None:
     registry = place.start()
     for weights in (b"1", b"2"):
@@ -201,7 +90,6 @@ async def test_unloading_forgets_all_versions_and_their_files(place: Place) -> N
         await registry.load("poet")
     assert await registry.unload("poet") == 200
     assert (place.engine.held, place.kept) == ({}, set())
-    assert await place.start().load_all() == {}
 
 
 async def test_a_refused_adapter_leaves_nothing_and_changes_nothing(place: Place) -> None:
@@ -225,8 +113,6 @@ async def test_looking_at_an_adapter_keeps_nothing_of_it(place: Place) -> None:
 async def test_requests_load_what_the_source_has_once(place: Place) -> None:
     registry = place.start(on_demand=True)
     place.write("poet", b"1")
-    assert await registry.load_all() == {}
-    assert registry.adapters() == []
     adapters = await asyncio.gather(*(registry.admit("poet") for _ in range(5)))
     assert len(set(map(id, adapters))) == 1
     assert adapters[0].references == 5

@@ -1,0 +1,153 @@
+"""Brings what is served into line with what should be: the catalogue, and what the source has.
+
+The catalogue is the manifest: what was acknowledged is served, after each start, until it is
+unloaded. What the source has anew or changed is loaded. What disappears from the source stays: an
+unmounted disk or a slip in a bucket must take nobody's adapter away. What fails is tried again,
+after twice as long each time; what was refused, when its files change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from lorax_serve.errors import (
+    AdapterConflict,
+    AdapterRejected,
+    InvalidRequest,
+    LoraxError,
+    StoreFailed,
+)
+from lorax_serve.frontend.backoff import Backoff
+from lorax_serve.frontend.library import Library
+from lorax_serve.frontend.registry import AdapterRegistry
+from lorax_serve.store.catalog import NameRecord
+
+__all__ = ["Reconciler"]
+
+_PROGRESS_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Reconciler:
+    """Works on a registry and its library.
+
+    Args:
+        registry: serves.
+        library: remembers.
+        from_source: whether what the source lists is loaded; if not, only the catalogue counts.
+        clock: seconds that never go back.
+
+    Attributes:
+        failures: what could not be loaded when it was last tried, by name; under the source's URI
+            why that could not be listed.
+    """
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        library: Library,
+        *,
+        from_source: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.failures: dict[str, LoraxError] = {}
+        self._registry = registry
+        self._library = library
+        self._from_source = from_source
+        self._backoff = Backoff(clock)
+        self._refused: dict[str, str] = {}
+        """Signatures of what was refused."""
+
+    async def run_once(self) -> None:
+        """One pass over everything."""
+        records = {record.name: record for record in await self._library.names()}
+        for record in records.values():
+            if not self._registry.is_loaded(record.name):
+                await self._try(record.name, partial(self._restore, record))
+        listing = await self._listing()
+        if listing is None:
+            return
+        for name in self.failures.keys() - records.keys() - listing.keys():
+            del self.failures[name]  # it is neither recorded nor in the source any more
+        changed = self._new_in(listing, records)
+        last_word = time.monotonic()
+        for done, (name, signature) in enumerate(changed.items()):
+            if time.monotonic() - last_word > _PROGRESS_SECONDS:
+                last_word = time.monotonic()
+                log.info("%d of %d new adapters looked at", done, len(changed))
+            await self._try(name, partial(self._registry.load, name), signature)
+
+    async def run_for_ever(self, seconds: float) -> None:
+        """A pass every so many seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await self.run_once()
+            except LoraxError as error:  # the disk, say
+                log.error("adapters cannot be reconciled now: %s", error)
+
+    async def _restore(self, record: NameRecord) -> None:
+        try:
+            await self._registry.restore(record)
+        except StoreFailed:
+            source = self._library.source
+            if source is None or record.source != source.uri:
+                raise
+            log.warning("adapter %s is damaged on disk: fetching it again", record.name)
+            await self._registry.load(record.name, record.path, record.weight)
+
+    async def _listing(self) -> dict[str, str] | None:
+        """Signatures by path of what is to be loaded from the source; None if it does not say."""
+        source = self._library.source
+        if source is None or not self._from_source:
+            return {}
+        found: dict[str, str] = {}
+
+        async def list_source() -> None:
+            found.update(await self._library.listing() or {})
+
+        return found if await self._try(source.uri, list_source) else None
+
+    def _new_in(self, listing: dict[str, str], records: dict[str, NameRecord]) -> dict[str, str]:
+        """Signatures by name of what is not served as the source has it."""
+        source = self._library.source
+        changed = {}
+        for path, signature in sorted(listing.items()):
+            record = records.get(path)
+            known = record and source and (record.source, record.path) == (source.uri, path)
+            if known and record and record.signature == signature:
+                continue
+            if self._refused.get(path) != signature:
+                changed[path] = signature
+        return changed
+
+    async def _try(
+        self, name: str, work: Callable[[], Awaitable[object]], signature: str = ""
+    ) -> bool:
+        """Do ``work`` unless it is to be left alone now; whether it was done."""
+        try:
+            self._backoff.check(name)
+        except LoraxError:
+            return False
+        try:
+            await work()
+        except AdapterConflict:  # somebody else loads it
+            return False
+        except LoraxError as error:
+            self.failures[name] = error
+            if isinstance(error, AdapterRejected | InvalidRequest) and signature:
+                self._refused[name] = signature
+                log.error("adapter %s refused: %s", name, error)
+            else:
+                seconds = self._backoff.failed(name, error)
+                log.error("%s failed, to be tried again in %.0f s: %s", name, seconds, error)
+            return False
+        self._backoff.succeeded(name)
+        self._refused.pop(name, None)
+        self.failures.pop(name, None)
+        return True

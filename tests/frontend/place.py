@@ -1,0 +1,86 @@
+"""A source, a state directory, and servers' registries on them one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from lorax_serve.core import AdapterInfo
+from lorax_serve.errors import AdapterRejected, RejectReason
+from lorax_serve.frontend.library import Library
+from lorax_serve.frontend.reconciler import Reconciler
+from lorax_serve.frontend.registry import AdapterRegistry
+from lorax_serve.report import LoadReport
+from lorax_serve.sources import FetchLimits, open_source
+from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE, digest_of
+
+__all__ = ["Engine", "Place"]
+
+
+class Engine:
+    """Reads the digest of a directory; refuses weights that say ``bad``."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, str] = {}
+        self.loads = 0
+
+    async def load_adapter(self, version: int, path: str) -> AdapterInfo:
+        await asyncio.sleep(0)
+        self.loads += 1
+        if (Path(path) / WEIGHTS_FILE).read_bytes() == b"bad":
+            raise AdapterRejected(RejectReason.BAD_FILE, "it is bad")
+        digest = self.held[version] = digest_of(Path(path))
+        return AdapterInfo(digest, 4, 2, 100)
+
+    async def inspect_adapter(self, path: str) -> LoadReport:
+        return LoadReport(digest=digest_of(Path(path)))
+
+    async def drop_adapter(self, version: int) -> int:
+        del self.held[version]
+        return 100
+
+
+class Place:
+    """A source and a state directory, and servers on them one after the other."""
+
+    def __init__(self, root: Path) -> None:
+        self.source, self.state = root / "source", root / "state"
+        self.source.mkdir()
+        self.engine = Engine()
+        self.libraries: list[Library] = []
+
+    def write(self, name: str, weights: bytes) -> str:
+        directory = self.source / name
+        directory.mkdir(exist_ok=True)
+        for file, content in ((CONFIG_FILE, b"{}"), (WEIGHTS_FILE, weights)):
+            (directory / f"{file}.new").write_bytes(content)
+            (directory / f"{file}.new").replace(directory / file)
+        return digest_of(directory)
+
+    def start(
+        self, *, on_demand: bool = False, history: int = 2, source: bool = True
+    ) -> AdapterRegistry:
+        self.stop()
+        self.engine = Engine()
+        limits = FetchLimits(1000, 10)
+        place = open_source(str(self.source)) if source else None
+        self.libraries = [Library(self.state, place, limits, history)]
+        return AdapterRegistry(
+            self.engine, None, None, self.libraries[0], history=history, on_demand=on_demand
+        )
+
+    def reconciler(self, registry: AdapterRegistry, *, from_source: bool = True) -> Reconciler:
+        """Of a registry that this has started; ``now`` is its clock."""
+        self.now = 0.0
+        return Reconciler(
+            registry, self.libraries[0], from_source=from_source, clock=lambda: self.now
+        )
+
+    def stop(self) -> None:
+        for library in self.libraries:
+            library.close()
+
+    @property
+    def kept(self) -> set[str]:
+        """The digests on disk."""
+        return {each.name for each in (self.state / "adapters").iterdir()}

@@ -1,0 +1,143 @@
+"""What should be served is: after a restart, after a change in the source, after a failure."""
+
+from __future__ import annotations
+
+import shutil
+
+from lorax_serve.errors import AdapterRejected, SourceFailed, StoreFailed
+from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
+from tests.frontend.place import Place
+
+
+async def test_a_restart_serves_what_was_acknowledged(place: Place) -> None:
+    registry = place.start()
+    first = place.write("poet", b"1")
+    await registry.load("poet", weight=7)
+    place.write("poet", b"2")
+    before = await registry.load("poet")
+    place.write("pilot", b"3")
+    await registry.load("pilot")
+    await registry.unload("pilot")
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        (place.source / "pilot" / file).unlink()
+    (place.source / "pilot").rmdir()
+
+    registry = place.start()
+    await place.reconciler(registry).run_once()
+    (after,) = registry.adapters()
+    assert (after.name, after.version, after.weight) == ("poet", before.version, 7)
+    assert after.info == before.info
+    assert place.engine.loads == 1  # nothing was fetched again
+    # An earlier version is still there, on disk.
+    old = await registry.admit(f"poet@{first}")
+    assert old.info.digest == first
+    assert (await registry.roll_back("poet")) is old
+
+
+async def test_a_restart_loads_what_has_changed_in_the_source(place: Place) -> None:
+    registry = place.start()
+    place.write("poet", b"1")
+    place.write("pilot", b"2")
+    await place.reconciler(registry).run_once()
+    assert {adapter.name for adapter in registry.adapters()} == {"poet", "pilot"}
+    changed = place.write("poet", b"3")
+    place.write("bad", b"bad")
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    await reconciler.run_once()
+    assert {name: type(error) for name, error in reconciler.failures.items()} == {
+        "bad": AdapterRejected
+    }
+    assert registry.acquire("poet").info.digest == changed
+    assert {adapter.name for adapter in registry.adapters()} == {"poet", "pilot"}
+    assert len(place.kept) == 3
+
+
+async def test_a_change_is_loaded_and_what_is_the_same_is_not_fetched(place: Place) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    place.write("poet", b"1")
+    await reconciler.run_once()
+    await reconciler.run_once()
+    assert place.engine.loads == 1
+    changed = place.write("poet", b"2")
+    await reconciler.run_once()
+    assert registry.acquire("poet").info.digest == changed
+    assert place.engine.loads == 2
+
+
+async def test_what_disappears_from_the_source_stays(place: Place) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    place.write("poet", b"1")
+    await reconciler.run_once()
+    shutil.rmtree(place.source / "poet")
+    await reconciler.run_once()
+    assert registry.is_loaded("poet")
+    assert reconciler.failures == {}
+
+
+async def test_what_was_refused_is_tried_again_when_it_has_changed(place: Place) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    place.write("poet", b"bad")
+    for place.now in (0.0, 1000.0):
+        await reconciler.run_once()
+    assert place.engine.loads == 1
+    assert isinstance(reconciler.failures["poet"], AdapterRejected)
+    place.write("poet", b"good")
+    await reconciler.run_once()
+    assert registry.is_loaded("poet")
+    assert reconciler.failures == {}
+
+
+async def test_a_source_that_is_gone_is_tried_again_after_longer_and_longer(place: Place) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    place.write("poet", b"1")
+    elsewhere = place.source.rename(place.source.with_name("elsewhere"))
+    await reconciler.run_once()
+    (error,) = reconciler.failures.values()
+    assert isinstance(error, SourceFailed)
+    elsewhere.rename(place.source)
+    await reconciler.run_once()
+    assert not registry.is_loaded("poet")  # it is left alone for a second
+    place.now = 1.0
+    await reconciler.run_once()
+    assert registry.is_loaded("poet")
+    assert reconciler.failures == {}
+
+
+async def test_content_that_was_lost_is_fetched_again(place: Place) -> None:
+    registry = place.start()
+    digest = place.write("poet", b"1")
+    await place.reconciler(registry).run_once()
+    place.stop()
+    shutil.rmtree(place.state / "adapters" / digest)
+    registry = place.start()
+    await place.reconciler(registry).run_once()
+    assert registry.acquire("poet").info.digest == digest
+    assert place.kept == {digest}
+
+
+async def test_content_that_is_lost_for_good_is_told(place: Place) -> None:
+    registry = place.start()
+    digest = place.write("poet", b"1")
+    place.write("pilot", b"2")
+    await place.reconciler(registry).run_once()
+    place.stop()
+    shutil.rmtree(place.state / "adapters" / digest)
+    registry = place.start(source=False)
+    reconciler = place.reconciler(registry)
+    await reconciler.run_once()
+    assert {name: type(error) for name, error in reconciler.failures.items()} == {
+        "poet": StoreFailed
+    }
+    assert registry.is_loaded("pilot")
+
+
+async def test_a_source_for_demand_is_not_listed(place: Place) -> None:
+    registry = place.start(on_demand=True)
+    place.write("poet", b"1")
+    await place.reconciler(registry, from_source=False).run_once()
+    assert registry.adapters() == []
