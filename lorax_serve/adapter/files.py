@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,11 +109,16 @@ def _sorted_header(raw: bytes) -> bytes:
 
 def _read_bytes(path: Path, limit: int | None = None) -> bytes:
     try:
-        if limit is not None and path.stat().st_size > limit:
-            raise AdapterRejected(
-                RejectReason.BAD_CONFIG, f"{path.name} is larger than {limit} bytes"
-            )
-        return path.read_bytes()
+        # Without O_NONBLOCK, opening a named pipe waits for a writer that may never come.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
+            status = os.fstat(f.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise AdapterRejected(RejectReason.BAD_FILE, f"{path.name} is not a regular file")
+            if limit is not None and status.st_size > limit:
+                raise AdapterRejected(
+                    RejectReason.BAD_CONFIG, f"{path.name} is larger than {limit} bytes"
+                )
+            return f.read()
     except FileNotFoundError as error:
         found = (
             ", ".join(sorted(p.name for p in path.parent.iterdir())[:8])

@@ -6,6 +6,7 @@ import re
 import sys
 from typing import Any
 
+from lorax_serve.adapter.patterns import MAX_CHARACTERS, MAX_WAYS, ways
 from lorax_serve.errors import AdapterRejected, RejectReason
 
 __all__ = [
@@ -77,8 +78,9 @@ def module_names(value: object, key: str) -> tuple[str, ...]:
     names = _strings(value, key)
     if not all(names):
         raise bad(f"{key} holds an empty name")
-    for name in names:  # PEFT matches them as expressions, to keep LoRA off these modules
-        _check_regex(name, key, within=r"(^|.*\.){}($|\..*)")
+    # PEFT matches them as expressions, to keep LoRA off these modules.
+    total = sum(_check_regex(name, key, within=r"(^|.*\.){}($|\..*)") for name in names)
+    _check_ways(total, key, f"{len(names)} names together")
     return names
 
 
@@ -88,16 +90,16 @@ def pattern(value: object, key: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise bad(f"{key} must be an object of module patterns, found {value!r}")
-    for each in value:
-        _check_regex(each, key, within=PATTERN_KEY)
+    total = sum(_check_regex(each, key, within=PATTERN_KEY) for each in value)
+    _check_ways(total, key, f"{len(value)} expressions together")
     return value
 
 
 def layer_patterns(value: object) -> tuple[str, ...]:
     """Expressions for the name of the list of layers."""
     patterns = _strings(value, "layers_pattern")
-    for each in patterns:
-        _check_regex(each, "layers_pattern", within=LAYERS_PATTERN)
+    total = sum(_check_regex(each, "layers_pattern", within=LAYERS_PATTERN) for each in patterns)
+    _check_ways(total, "layers_pattern", f"{len(patterns)} expressions together")
     return patterns
 
 
@@ -152,9 +154,23 @@ def _strings(value: object, key: str) -> tuple[str, ...]:
     raise bad(f"{key} must be a list of strings, found {value!r}")
 
 
-def _check_regex(expression: str, key: str, within: str = "{}") -> None:
-    """Refuse what does not compile where it is used: inside the expression ``within``."""
+def _check_regex(expression: str, key: str, within: str = "{}") -> float:
+    """Refuse what does not compile where it is used, inside the expression ``within``, and what
+    could take for ever to match; returns the ways to match it."""
+    if len(expression) > MAX_CHARACTERS:
+        raise bad(f"{key}: an expression of more than {MAX_CHARACTERS} characters is not read")
     try:
-        re.compile(within.format(expression))
+        found = ways(within.format(expression))
     except (re.error, OverflowError, RecursionError) as error:
         raise bad(f"{key}: {expression!r} is not a regular expression: {error}") from error
+    _check_ways(found, key, repr(expression))
+    return found
+
+
+def _check_ways(found: float, key: str, what: str) -> None:
+    if found > MAX_WAYS:
+        raise AdapterRejected(
+            RejectReason.UNSUPPORTED,
+            f"adapter_config.json: {key}: {what} could take for ever to match: repeat no group "
+            "that repeats or varies itself, and use fewer repetitions, or list the modules' names",
+        )
