@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -141,6 +142,26 @@ def test_directory_in_the_place_of_a_file(adapter: Path, name: str) -> None:
     error = rejection(adapter)
     assert error.reason is RejectReason.BAD_FILE
     assert name in str(error)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_what_is_no_regular_file_is_not_waited_for(adapter: Path, name: str) -> None:
+    (adapter / name).unlink()
+    os.mkfifo(adapter / name)
+    error = rejection(adapter)
+    assert error.reason is RejectReason.BAD_FILE
+    assert str(error) == f"{name} is not a regular file"
+    (adapter / name).unlink()
+    (adapter / name).symlink_to("/dev/zero")
+    assert str(rejection(adapter)) == str(error)
+
+
+def test_links_to_files_are_followed(adapter: Path) -> None:
+    before = read(adapter).digest
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (adapter / name).rename(adapter / f"blob-{name}")
+        (adapter / name).symlink_to(f"blob-{name}")
+    assert read(adapter).digest == before
 
 
 @pytest.mark.parametrize(
