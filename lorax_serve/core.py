@@ -13,6 +13,7 @@ __all__ = [
     "BASE",
     "NEVER",
     "AdapterInfo",
+    "AdapterScale",
     "AdapterStats",
     "Batch",
     "CacheKey",
@@ -20,6 +21,7 @@ __all__ = [
     "EngineStats",
     "GenerateRequest",
     "ModelInfo",
+    "Part",
     "RowCopy",
     "SamplingParams",
     "Sequence",
@@ -35,7 +37,9 @@ NEVER = 1 << 62
 """A position that no sequence reaches."""
 
 MAX_LOGPROBS = 20
+MAX_PARTS = 8
 MAX_PRIORITY = 2
+MAX_SCALE = 100
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_LENGTH = 256
 _SEEDS = 1 << 64
@@ -124,21 +128,39 @@ class ChatMessage(NamedTuple):
     content: str
 
 
+class AdapterScale(NamedTuple):
+    """An adapter, and what its change of the base is multiplied by."""
+
+    adapter_id: str
+    scale: float = 1.0
+
+
+class Part(NamedTuple):
+    """A version in a composition, as the engine reads it."""
+
+    path: str
+    digest: str
+    scale: float
+
+
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """A validated request for text.
 
     Attributes:
         prompt: text, token ids, or chat messages.
-        adapter_id: the adapter's name; None is the base model.
+        adapter_id: the adapter's name; None is the base model, or a composition.
+        composition: adapters that are applied together, each with its scale.
         priority: in [-2, 2]; each level doubles the share of a busy server.
 
     Raises:
-        InvalidRequest: the priority is out of range.
+        InvalidRequest: the priority or a scale is out of range, an adapter is named twice, or both
+            an adapter and a composition are.
     """
 
     prompt: str | tuple[int, ...] | tuple[ChatMessage, ...]
     adapter_id: str | None = None
+    composition: tuple[AdapterScale, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: StopParams = field(default_factory=StopParams)
     priority: int = 0
@@ -146,6 +168,15 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         most = MAX_PRIORITY
         _check(-most <= self.priority <= most, "priority", f"in [-{most}, {most}]", self.priority)
+        if self.composition:
+            alone = self.adapter_id is None
+            _check(alone, "adapter_id", "left out beside adapters", self.adapter_id)
+            names = [part.adapter_id for part in self.composition]
+            _check(len(names) <= MAX_PARTS, "adapters", f"at most {MAX_PARTS}", len(names))
+            _check(len(set(names)) == len(names), "adapters", "each another one", names)
+        for name, scale in self.composition:
+            within = -MAX_SCALE <= scale <= MAX_SCALE
+            _check(within, f"scale of {name!r}", f"in [-{MAX_SCALE}, {MAX_SCALE}]", scale)
 
 
 class StopReason(Enum):

@@ -25,14 +25,17 @@ from lorax_serve import __version__
 from lorax_serve.core import AdapterStats, EngineStats, StopReason, TokenOutput
 from lorax_serve.engine.messages import StepReport
 from lorax_serve.errors import InvalidRequest
+from lorax_serve.frontend.compositions import Composed
 from lorax_serve.frontend.generator import RequestListener, TextStream
-from lorax_serve.frontend.registry import Adapter, RegistryListener
+from lorax_serve.frontend.registry import RegistryListener
+from lorax_serve.frontend.version import Adapter
 
 __all__ = ["BASE_LABEL", "MAX_ADAPTER_LABELS", "OTHER_LABEL", "Metrics", "MetricsServer"]
 
 # No adapter's name starts with an underscore.
 BASE_LABEL = "_base"
 OTHER_LABEL = "_other"
+COMPOSED_LABEL = "_composed"
 MAX_ADAPTER_LABELS = 256
 
 _LATENCY = (
@@ -194,6 +197,8 @@ class Metrics(RequestListener, RegistryListener):
     def _label(self, adapter: Adapter | None) -> str:
         if adapter is None:
             return BASE_LABEL
+        if isinstance(adapter, Composed):
+            return COMPOSED_LABEL
         if adapter.name not in self._labels:
             if len(self._labels) >= MAX_ADAPTER_LABELS:
                 return OTHER_LABEL

@@ -3,6 +3,7 @@
 Shared by the server and the trainer; it knows neither of them, nor any model code.
 """
 
+from lorax_serve.adapter.compose import compose
 from lorax_serve.adapter.config import LoRAConfig
 from lorax_serve.adapter.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, read, save
 from lorax_serve.adapter.match import Match, match_tensors, match_weights
@@ -24,6 +25,7 @@ __all__ = [
     "ModuleShape",
     "Role",
     "TokenRows",
+    "compose",
     "inspect",
     "match_tensors",
     "match_weights",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorax_serve import __version__
-from lorax_serve.errors import LoraxError
+from lorax_serve.errors import InvalidRequest, LoraxError
 
 __all__ = ["main"]
 
@@ -45,7 +45,8 @@ def _generate(client: Any, options: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     if options.chat:
         prompt = [{"role": "user", "content": prompt}]
-    _show(client.stream(prompt, adapter=options.adapter, **_sampling(options)), options.verbose)
+    chunks = client.stream(prompt, adapter=_adapters(options), **_sampling(options))
+    _show(chunks, options.verbose)
 
 
 def _chat(client: Any, options: argparse.Namespace) -> None:
@@ -60,7 +61,7 @@ def _chat(client: Any, options: argparse.Namespace) -> None:
         if not said:
             return
         messages.append({"role": "user", "content": said})
-        chunks = client.stream(messages, adapter=options.adapter, **_sampling(options))
+        chunks = client.stream(messages, adapter=_adapters(options), **_sampling(options))
         try:
             answer = _show(chunks, options.verbose)
         except KeyboardInterrupt:  # stop this answer, not the chat
@@ -79,13 +80,38 @@ def _show(chunks: Iterable[Any], verbose: bool) -> str:
         print(last.text, end="", flush=True)
     print()
     if verbose and last is not None:
-        by = f"{last.adapter}@{last.adapter_digest[:12]}" if last.adapter else "the base model"
         print(
-            f"[{by}; {last.input_token_count} + {last.generated_token_count} tokens; "
+            f"[{_who(last)}; {last.input_token_count} + {last.generated_token_count} tokens; "
             f"{last.stop_reason.name.lower()}; seed {last.seed}]",
             file=sys.stderr,
         )
     return text
+
+
+def _who(generation: Any) -> str:
+    """Who has answered."""
+    if generation.adapter:
+        return f"{generation.adapter}@{generation.adapter_digest[:12]}"
+    parts = [f"{each.scale:g} x {each.name}@{each.digest[:12]}" for each in generation.adapters]
+    return " + ".join(parts) or "the base model"
+
+
+def _adapters(options: argparse.Namespace) -> Any:
+    """What ``--adapter`` names: one as it is, several or one with a scale as a mapping."""
+    if not options.adapter:
+        return None
+    if len(options.adapter) == 1 and ":" not in options.adapter[0]:
+        return options.adapter[0]
+    scales: dict[str, float] = {}
+    for each in options.adapter:
+        name, _, scale = each.rpartition(":") if ":" in each else (each, "", "1")
+        try:
+            scales[name] = float(scale)
+        except ValueError:
+            raise InvalidRequest(f"--adapter {each}: {scale!r} is no scale") from None
+    if len(scales) < len(options.adapter):
+        raise InvalidRequest("--adapter names an adapter twice")
+    return scales
 
 
 def _list(client: Any, options: argparse.Namespace) -> None:
@@ -195,7 +221,12 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="the system message")
     chat.set_defaults(run=_chat)
     for command in (generate, chat):
-        command.add_argument("--adapter", metavar="NAME", help="default: the base model")
+        command.add_argument(
+            "--adapter",
+            metavar="NAME[:SCALE]",
+            action="append",
+            help="default: the base model; several are added up, each times its scale (default: 1)",
+        )
         command.add_argument(
             "-v", "--verbose", action="store_true", help="say what answered, and how it ended"
         )

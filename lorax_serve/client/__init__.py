@@ -12,14 +12,24 @@ Every failure is a ``LoraxError``; those that the server raises come back as the
 
 from lorax_serve.client.aio import AsyncClient
 from lorax_serve.client.failures import ServerError, TimedOut, Unavailable
-from lorax_serve.client.requests import GenerateOptions, Prompt
-from lorax_serve.client.results import Adapter, Generation, Model, Token, Tokens, TopToken
+from lorax_serve.client.requests import Adapters, GenerateOptions, Prompt
+from lorax_serve.client.results import (
+    Adapter,
+    AppliedAdapter,
+    Generation,
+    Model,
+    Token,
+    Tokens,
+    TopToken,
+)
 from lorax_serve.client.sync import Client
 from lorax_serve.core import StopReason
 from lorax_serve.report import LoadReport, ModuleReport, ProbeOutcome, ProbeReport
 
 __all__ = [
     "Adapter",
+    "Adapters",
+    "AppliedAdapter",
     "AsyncClient",
     "Client",
     "GenerateOptions",

@@ -9,10 +9,21 @@ from typing import Any, TypedDict
 from lorax_serve.errors import InvalidRequest
 from lorax_serve.pb.lorax.v1 import generation_pb2 as pb
 
-__all__ = ["GenerateOptions", "Prompt", "channel_options", "generate_fields", "metadata", "prompt"]
+__all__ = [
+    "Adapters",
+    "GenerateOptions",
+    "Prompt",
+    "channel_options",
+    "generate_fields",
+    "metadata",
+    "prompt",
+]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat messages: mappings with ``role`` and ``content``."""
+
+Adapters = str | Mapping[str, float] | None
+"""An adapter's name; names and scales of several to apply together; None for the base model."""
 
 # gRPC itself makes no more than five attempts.
 _MAX_RETRIES = 4
@@ -70,7 +81,7 @@ _FIELDS = {
 
 
 def generate_fields(
-    text_or_ids_or_chat: Prompt, adapter: str | None, options: GenerateOptions
+    text_or_ids_or_chat: Prompt, adapter: Adapters, options: GenerateOptions
 ) -> dict[str, Any]:
     """The fields of a ``GenerateRequest`` or ``GenerateStreamRequest``.
 
@@ -91,8 +102,18 @@ def generate_fields(
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"{name} cannot be {value!r}: {error}") from None
     parameters.stopping.stop_sequences.extend([stop] if isinstance(stop, str) else stop)
-    own = {"priority": request.priority} if request.HasField("priority") else {}
-    return {**prompt(text_or_ids_or_chat), "adapter_id": adapter, "parameters": parameters, **own}
+    own: dict[str, Any] = {"priority": request.priority} if request.HasField("priority") else {}
+    if isinstance(adapter, Mapping):
+        try:
+            parts = [pb.AdapterScale(adapter_id=a, scale=scale) for a, scale in adapter.items()]
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"adapter: names and scales cannot be {adapter!r}") from error
+        if not parts:
+            raise InvalidRequest("adapter: names no adapter; None is the base model")
+        own["adapters"] = parts
+    else:
+        own["adapter_id"] = adapter
+    return {**prompt(text_or_ids_or_chat), "parameters": parameters, **own}
 
 
 def prompt(text_or_ids_or_chat: Prompt) -> dict[str, Any]:
@@ -114,10 +135,10 @@ def prompt(text_or_ids_or_chat: Prompt) -> dict[str, Any]:
         ) from None
 
 
-def metadata(adapter: str | None) -> tuple[tuple[str, str], ...]:
+def metadata(adapter: Adapters) -> tuple[tuple[str, str], ...]:
     """Request metadata: the adapter again, for proxies that route by it."""
     # Other characters cannot be sent; no adapter has them, and the server will say so.
-    if adapter is None or not (adapter.isascii() and adapter.isprintable()):
+    if not isinstance(adapter, str) or not (adapter.isascii() and adapter.isprintable()):
         return ()
     return (("lorax-adapter", adapter),)
 

@@ -10,7 +10,16 @@ from lorax_serve.core import StopReason
 from lorax_serve.pb.lorax.v1 import adapter_pb2
 from lorax_serve.report import LoadReport, ModuleReport, ProbeOutcome, ProbeReport, RejectReason
 
-__all__ = ["Adapter", "Generation", "Model", "Token", "Tokens", "TopToken", "load_report"]
+__all__ = [
+    "Adapter",
+    "AppliedAdapter",
+    "Generation",
+    "Model",
+    "Token",
+    "Tokens",
+    "TopToken",
+    "load_report",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +48,22 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class AppliedAdapter:
+    """One of several adapters that were applied together.
+
+    Attributes:
+        version: the sequence number of its load on that server.
+        digest: SHA-256 of its files.
+        scale: what its change of the base was multiplied by.
+    """
+
+    name: str
+    version: int
+    digest: str
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """A generated text or, while streaming, a piece of one.
 
@@ -50,9 +75,10 @@ class Generation:
         generated_token_count: tokens generated, so far while streaming.
         input_token_count: tokens of the prompt.
         seed: the seed in use: the same request with it gives the same text.
-        adapter: the adapter that was applied; None is the base model.
+        adapter: the adapter that was applied; None is the base model, or several ``adapters``.
         adapter_version: the sequence number of its load on that server.
         adapter_digest: SHA-256 of its files.
+        adapters: those that were applied together, in the order of the request.
     """
 
     text: str
@@ -65,6 +91,7 @@ class Generation:
     adapter: str | None
     adapter_version: int | None
     adapter_digest: str | None
+    adapters: tuple[AppliedAdapter, ...] = ()
 
     @classmethod
     def of(cls, message: Any, first: Generation | None = None) -> Generation:
@@ -81,6 +108,10 @@ class Generation:
             adapter=_optional(message, "adapter_id"),
             adapter_version=_optional(message, "adapter_version"),
             adapter_digest=_optional(message, "adapter_digest"),
+            adapters=tuple(
+                AppliedAdapter(each.adapter_id, each.version, each.digest, each.scale)
+                for each in message.adapters
+            ),
         )
         if first is None:
             return piece

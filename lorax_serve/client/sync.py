@@ -10,7 +10,7 @@ import grpc
 
 from lorax_serve.client import requests
 from lorax_serve.client.failures import error_of
-from lorax_serve.client.requests import GenerateOptions, Prompt
+from lorax_serve.client.requests import Adapters, GenerateOptions, Prompt
 from lorax_serve.client.results import Adapter, Generation, Model, Tokens, load_report
 from lorax_serve.pb.lorax.v1 import (
     adapter_pb2,
@@ -65,7 +65,7 @@ class Client:
         self,
         prompt: Prompt,
         *,
-        adapter: str | None = None,
+        adapter: Adapters = None,
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generation:
@@ -73,7 +73,8 @@ class Client:
 
         Args:
             prompt: text, token ids, or chat messages.
-            adapter: an adapter's name; None is the base model.
+            adapter: an adapter's name; None is the base model. ``{name: scale, ...}`` adds up what
+                several adapters, or one with a scale, do to the base.
             timeout: seconds that this call may take.
             options: see ``GenerateOptions``.
         """
@@ -85,7 +86,7 @@ class Client:
         self,
         prompt: Prompt,
         *,
-        adapter: str | None = None,
+        adapter: Adapters = None,
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generator[Generation, None, None]:
@@ -177,7 +178,7 @@ class Client:
         method: Callable[..., Any],
         request: Any,
         timeout: float | None,
-        adapter: str | None = None,
+        adapter: Adapters = None,
     ) -> Any:
         try:
             return method(

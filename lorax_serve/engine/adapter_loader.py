@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lorax_serve import adapter as leaf
 from lorax_serve.adapter import LoRAWeights, ModuleShape
 from lorax_serve.adapter.files import AdapterFiles
 from lorax_serve.adapter.probe import Probe
-from lorax_serve.core import AdapterInfo
+from lorax_serve.core import AdapterInfo, Part
 from lorax_serve.errors import AdapterRejected, LoraxError, RejectReason
 from lorax_serve.model.runner import HostAdapter
 
@@ -29,12 +30,13 @@ _OVERTAKERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """An adapter directory to read.
+    """An adapter directory to read, or several to compose.
 
     Attributes:
         call_id: of the command to answer; None where waiting requests want it again.
         digest: what its files must still be; None the first time.
         dry: whether only the report is wanted.
+        parts: what to compose; then ``path`` is only a name for it, and ``digest`` of all parts.
     """
 
     version: int
@@ -42,6 +44,7 @@ class Load:
     call_id: int | None = None
     digest: str | None = None
     dry: bool = False
+    parts: tuple[Part, ...] = ()
 
     @property
     def again(self) -> bool:
@@ -115,16 +118,14 @@ class AdapterLoader:
             self._finished(self._load(load))
 
     def _load(self, load: Load) -> LoadFinished:
+        if load.parts:
+            return self._compose(load)
         started = time.perf_counter()
         fingerprint = ""
         try:
             files = leaf.read(load.path)
             if load.digest not in (None, files.digest):
-                raise AdapterRejected(
-                    RejectReason.BAD_FILE,
-                    f"the files in {Path(load.path).name}/ are others than those that were loaded "
-                    f"(digest {files.digest[:12]}, not {str(load.digest)[:12]})",
-                )
+                raise _changed(load.path, files.digest, str(load.digest))
             probe, flaw = (None, "") if load.again else self._probe(files)
             refuses = self._policy == "refuse" and probe is not None
             match = leaf.match_tensors(
@@ -163,6 +164,36 @@ class AdapterLoader:
             load, info, folded, seconds=seconds, probe=probe, fingerprint=fingerprint
         )
 
+    def _compose(self, load: Load) -> LoadFinished:
+        """Read all parts, which were loaded before, and fold them as one."""
+        started = time.perf_counter()
+        try:
+            read = []
+            for path, digest, scale in load.parts:
+                files = leaf.read(path)
+                if files.digest != digest:
+                    raise _changed(path, files.digest, digest)
+                weights = leaf.match_weights(
+                    files.config, files.tensors, self._modules, probed=True
+                )
+                read.append((f"with digest {digest[:12]}", weights, scale))
+            composed = leaf.compose(read)
+            folded = self._fold(composed)
+        except LoraxError as error:
+            return LoadFinished(load, error=error)
+        except Exception as error:  # a defect of ours, but it must not end the thread
+            reason = AdapterRejected(
+                RejectReason.BAD_FILE, f"{load.path}: {type(error).__name__}: {error}"
+            )
+            return LoadFinished(load, error=reason)
+        info = AdapterInfo(
+            digest=digest_of_parts(load.parts),
+            max_rank=composed.max_rank,
+            num_modules=composed.num_modules,
+            nbytes=folded.nbytes,
+        )
+        return LoadFinished(load, info, folded, seconds=time.perf_counter() - started)
+
     def _probe(self, files: AdapterFiles) -> tuple[Probe | None, str]:
         """The adapter's probe, and what is wrong with one that cannot be read.
 
@@ -175,3 +206,17 @@ class AdapterLoader:
             if self._policy == "refuse":
                 raise
             return None, str(error)
+
+
+def digest_of_parts(parts: Sequence[Part]) -> str:
+    """What the keys and values of a composition depend on."""
+    text = "\n".join(f"{part.digest} {part.scale!r}" for part in parts)
+    return hashlib.sha256(f"composition\n{text}".encode()).hexdigest()
+
+
+def _changed(path: str, found: str, wanted: str) -> AdapterRejected:
+    return AdapterRejected(
+        RejectReason.BAD_FILE,
+        f"the files in {Path(path).name}/ are others than those that were loaded "
+        f"(digest {found[:12]}, not {wanted[:12]})",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
 from lorax_serve.core import AdapterInfo, AdapterStats
 from lorax_serve.engine.adapter_loader import Load, LoadFinished
@@ -48,7 +49,7 @@ class AdapterStore:
         self._slots = slots
         self._clear_slot = clear_slot
         self._shared = shared
-        self._known: dict[int, tuple[AdapterInfo, str]] = {}
+        self._known: dict[int, tuple[AdapterInfo, Load]] = {}
         self._weights: dict[int, HostAdapter] = {}
         self._late: set[int] = set()
         self._settled = True
@@ -102,7 +103,7 @@ class AdapterStore:
         _check_size(info.nbytes, self._host.max_bytes, "host memory", "max-adapter-bytes")
         if (on_device := self._slots.max_bytes) is not None:
             _check_size(info.nbytes, on_device, "device memory", "max-device-adapter-bytes")
-        self._known[version] = info, loaded.load.path
+        self._known[version] = info, loaded.load
         self._evict(self._host.add(version, info.nbytes, self._pinned()))
         if version in self._host:
             self._weights[version] = weights
@@ -135,8 +136,8 @@ class AdapterStore:
         self._slots.short |= plan.short
         self._evict(plan.evict)
         for version in plan.read:
-            info, path = self._known[version]
-            self._read(Load(version, path, digest=info.digest))
+            info, load = self._known[version]
+            self._read(replace(load, call_id=None, digest=info.digest))
         self._settled = plan.settled and not plan.short
 
     def arrived(self, loaded: LoadFinished) -> LoraxError | None:

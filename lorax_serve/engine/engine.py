@@ -94,8 +94,8 @@ class Engine:
                     self._store.want(message.adapter)
             case Abort(request_id):
                 self._abort(request_id)
-            case LoadAdapter(call_id, version, path):
-                self._loader.request(Load(version, path, call_id))
+            case LoadAdapter(call_id, version, path, parts):
+                self._loader.request(Load(version, path, call_id, parts=parts))
             case InspectAdapter(call_id, path):
                 self._loader.request(Load(0, path, call_id, dry=True))
             case LoadFinished():

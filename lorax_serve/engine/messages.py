@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, field
 
-from lorax_serve.core import AdapterInfo, EngineStats, ModelInfo, SamplingParams, TokenOutput
+from lorax_serve.core import AdapterInfo, EngineStats, ModelInfo, Part, SamplingParams, TokenOutput
 from lorax_serve.errors import LoraxError
 from lorax_serve.report import LoadReport
 
@@ -56,11 +56,13 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
-    """Read an adapter into host memory. Replied with ``AdapterInfo`` or the refusal."""
+    """Read an adapter, or compose several, into host memory. Replied with ``AdapterInfo`` or the
+    refusal."""
 
     call_id: int
     version: int
     path: str
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from multiprocessing.context import SpawnProcess
 
 from lorax_serve.config import EngineConfig
-from lorax_serve.core import AdapterInfo, EngineStats, ModelInfo, StopReason, TokenOutput
+from lorax_serve.core import AdapterInfo, EngineStats, ModelInfo, Part, StopReason, TokenOutput
 from lorax_serve.engine import process
 from lorax_serve.engine.messages import (
     HEADER_BYTES,
@@ -142,6 +142,17 @@ class AsyncEngine:
         report = await self._ask(lambda call: InspectAdapter(call, path))
         assert isinstance(report, LoadReport)
         return report
+
+    async def compose_adapter(self, version: int, parts: tuple[Part, ...]) -> AdapterInfo:
+        """Have several loaded adapters added up into one more, each with its scale.
+
+        Raises:
+            AdapterRejected: one of them is more than LoRA.
+            Overloaded: host memory for adapters is full.
+        """
+        info = await self._ask(lambda call: LoadAdapter(call, version, "a composition", parts))
+        assert isinstance(info, AdapterInfo)
+        return info
 
     async def drop_adapter(self, version: int) -> int:
         """Free an adapter that no request uses any more; returns the bytes freed."""

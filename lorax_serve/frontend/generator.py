@@ -13,8 +13,9 @@ from lorax_serve.core import ChatMessage, GenerateRequest, ModelInfo, StopReason
 from lorax_serve.engine.messages import Submit
 from lorax_serve.errors import Draining, EngineFailed, InvalidRequest
 from lorax_serve.frontend.async_engine import AsyncEngine
-from lorax_serve.frontend.registry import Adapter, AdapterRegistry
+from lorax_serve.frontend.registry import AdapterRegistry
 from lorax_serve.frontend.text import Detokenizer, StopMatcher, Tokenizer
+from lorax_serve.frontend.version import Adapter
 
 __all__ = ["RequestListener", "TextChunk", "TextGenerator", "TextStream"]
 
@@ -223,12 +224,10 @@ class TextGenerator:
             request = replace(
                 request, sampling=replace(request.sampling, seed=secrets.randbits(63))
             )
-        adapter = None
-        if request.adapter_id is not None:
-            adapter = await self._registry.admit(request.adapter_id)
-            if self._draining:  # it may have come late, after a load
-                self._registry.release(adapter)
-                raise Draining("the server is shutting down; send the request to another one")
+        adapter = await self._admit(request)
+        if adapter is not None and self._draining:  # it may have come late, after a load
+            self._registry.release(adapter)
+            raise Draining("the server is shutting down; send the request to another one")
         try:
             stream = TextStream(self, request, ids, adapter)
             self._engine.submit(self._command(stream, request, ids), stream.feed)
@@ -240,6 +239,14 @@ class TextGenerator:
         self._idle.clear()
         self.listener.admitted(stream)
         return stream
+
+    async def _admit(self, request: GenerateRequest) -> Adapter | None:
+        """Pin what the request names; None for the base model."""
+        if request.composition:
+            return await self._registry.admit_together(request.composition)
+        if request.adapter_id is not None:
+            return await self._registry.admit(request.adapter_id)
+        return None
 
     def abort(self, stream: TextStream) -> None:
         """Tell the engine to forget the stream."""

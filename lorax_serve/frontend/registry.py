@@ -13,14 +13,12 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from lorax_serve.core import AdapterInfo
+from lorax_serve.core import AdapterInfo, AdapterScale, Part
 from lorax_serve.errors import (
     AdapterConflict,
     AdapterNotFound,
@@ -32,7 +30,9 @@ from lorax_serve.errors import (
     SourceReason,
 )
 from lorax_serve.frontend.backoff import Backoff
+from lorax_serve.frontend.compositions import Composed, Compositions
 from lorax_serve.frontend.library import Fetched, Library
+from lorax_serve.frontend.version import Adapter, AdapterState
 from lorax_serve.report import LoadReport
 from lorax_serve.store.catalog import NameRecord
 
@@ -49,41 +49,6 @@ _MAX_WEIGHT = 100
 log = logging.getLogger(__name__)
 
 
-class AdapterState(Enum):
-    """The life of a version."""
-
-    READY = "ready"
-    SUPERSEDED = "superseded"
-    """Its name means another version now; requests reach it as ``name@digest``."""
-    DRAINING = "draining"
-    """Unloaded or replaced: no new requests, the running ones finish with it."""
-
-
-@dataclass(slots=True, eq=False)
-class Adapter:
-    """One loaded version of an adapter.
-
-    Attributes:
-        version: the load's sequence number on this server.
-        key: what the engine calls it.
-    """
-
-    name: str
-    version: int
-    info: AdapterInfo
-    path: Path
-    key: int = 0
-    weight: int = 1
-    """Its share of a busy server against others."""
-    state: AdapterState = AdapterState.READY
-    references: int = 0
-    requests: int = 0
-    last_used: float = field(default_factory=time.time)
-    """Unix time of the last admission, or of the load."""
-    unused: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while no request holds it."""
-
-
 class AdapterLoader(Protocol):
     """What the registry needs of the engine."""
 
@@ -92,6 +57,9 @@ class AdapterLoader(Protocol):
 
     async def inspect_adapter(self, path: str) -> LoadReport:
         """Say what a load would find."""
+
+    async def compose_adapter(self, version: int, parts: tuple[Part, ...]) -> AdapterInfo:
+        """Add several adapters up, which are ``version`` from then on."""
 
     async def drop_adapter(self, version: int) -> int:
         """Free a version; returns its bytes."""
@@ -149,6 +117,9 @@ class AdapterRegistry:
         """Loads that requests wait for."""
         self._backoff = Backoff()
         self._last_key = 0
+        self._compositions = Compositions(
+            engine, self._next_key, _hold, self.release, self._in_background
+        )
 
     def acquire(self, name: str) -> Adapter:
         """Pin the version that ``name`` means now, or that ``name@digest`` is; ``release`` it when
@@ -161,10 +132,9 @@ class AdapterRegistry:
         adapter = self._find(*_split(name))
         if adapter is None:
             raise AdapterNotFound(f"adapter_id {name!r} is not loaded; {self._known()}")
-        adapter.references += 1
         adapter.requests += 1
         adapter.last_used = time.time()
-        adapter.unused.clear()
+        _hold(adapter)
         return adapter
 
     async def admit(self, name: str) -> Adapter:
@@ -192,6 +162,25 @@ class AdapterRegistry:
         adapter.references -= 1
         if adapter.references == 0:
             adapter.unused.set()
+        if isinstance(adapter, Composed):
+            self._compositions.released(adapter)
+
+    async def admit_together(self, named: Sequence[AdapterScale]) -> Adapter:
+        """Pin several adapters, added up with their scales, as one; ``release`` it as any other.
+
+        Raises:
+            AdapterNotFound, InvalidRequest: as ``acquire``.
+            AdapterRejected: one of them is more than LoRA.
+            LoraxError: as ``load``.
+        """
+        parts: list[tuple[Adapter, float]] = []
+        try:
+            for name, scale in named:
+                parts.append((await self.admit(name), scale))
+            return await self._compositions.acquire(parts)
+        finally:
+            for adapter, _ in parts:
+                self.release(adapter)
 
     def adapters(self) -> list[Adapter]:
         """All loaded versions, by name, those that drain included."""
@@ -468,6 +457,7 @@ class AdapterRegistry:
     def _retire(self, adapter: Adapter) -> asyncio.Task[int]:
         adapter.state = AdapterState.DRAINING
         self._draining[adapter.key] = adapter
+        self._compositions.leave(adapter)
         return self._in_background(self._drain(adapter))
 
     async def _drain(self, adapter: Adapter) -> int:
@@ -531,6 +521,11 @@ class AdapterRegistry:
             return "no adapter is loaded"
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return f"loaded: {', '.join(names[:8])}{more}"
+
+
+def _hold(adapter: Adapter) -> None:
+    adapter.references += 1
+    adapter.unused.clear()
 
 
 def _check_name(name: str) -> None:

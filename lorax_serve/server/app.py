@@ -20,8 +20,9 @@ from lorax_serve.frontend.async_engine import AsyncEngine
 from lorax_serve.frontend.generator import TextGenerator
 from lorax_serve.frontend.library import Library
 from lorax_serve.frontend.reconciler import Reconciler
-from lorax_serve.frontend.registry import Adapter, AdapterRegistry
+from lorax_serve.frontend.registry import AdapterRegistry
 from lorax_serve.frontend.text import Tokenizer
+from lorax_serve.frontend.version import Adapter
 from lorax_serve.metrics import Metrics, MetricsServer
 from lorax_serve.pb.lorax.v1 import (
     adapter_pb2,

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lorax_serve.core import (
+    AdapterScale,
     ChatMessage,
     GenerateRequest,
     SamplingParams,
@@ -16,8 +17,8 @@ from lorax_serve.core import (
     TokenOutput,
 )
 from lorax_serve.errors import InvalidRequest
-from lorax_serve.frontend.registry import Adapter, AdapterState
 from lorax_serve.frontend.text import Tokenizer
+from lorax_serve.frontend.version import Adapter, AdapterState
 from lorax_serve.pb.lorax.v1 import adapter_pb2, generation_pb2
 
 __all__ = ["adapter_message", "generate_request", "prompt_of", "token_messages"]
@@ -53,6 +54,7 @@ def generate_request(message: Any) -> GenerateRequest:
     return GenerateRequest(
         prompt=prompt_of(message),
         adapter_id=_adapter_id(message),
+        composition=tuple(_adapter_scale(each) for each in message.adapters),
         sampling=SamplingParams(**sampling),
         stop=StopParams(stop_sequences=tuple(parameters.stopping.stop_sequences), **stopping),
         **_given(message, "priority"),
@@ -129,6 +131,14 @@ def _adapter_id(message: Any) -> str | None:
             f"{_MAX_NAME}"
         )
     return adapter_id
+
+
+def _adapter_scale(message: Any) -> AdapterScale:
+    name = _adapter_id(message)
+    if name is None:
+        raise InvalidRequest("adapters: adapter_id is missing: say which")
+    scale = message.scale if message.HasField("scale") else 1.0
+    return AdapterScale(name, scale)
 
 
 def _given(message: Any, *names: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from lorax_serve import __version__
 from lorax_serve.core import GenerateRequest, StopReason
 from lorax_serve.errors import InvalidRequest
+from lorax_serve.frontend.compositions import Composed
 from lorax_serve.frontend.generator import TextChunk, TextGenerator, TextStream
 from lorax_serve.pb.lorax.v1 import generation_pb2 as pb
 from lorax_serve.pb.lorax.v1 import generation_pb2_grpc
@@ -114,6 +115,17 @@ def _provenance(stream: TextStream) -> dict[str, Any]:
     fields = {"input_token_count": stream.input_token_count, "seed": stream.seed}
     if stream.adapter is None:
         return fields
+    if isinstance(stream.adapter, Composed):
+        parts = [
+            pb.AppliedAdapter(
+                adapter_id=adapter.name,
+                version=adapter.version,
+                digest=adapter.info.digest,
+                scale=scale,
+            )
+            for adapter, scale in stream.adapter.parts
+        ]
+        return {**fields, "adapters": parts}
     return {
         **fields,
         "adapter_id": stream.adapter.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from lorax_serve.core import AdapterInfo
+from lorax_serve.core import AdapterInfo, Part
 from lorax_serve.errors import AdapterRejected, RejectReason
 from lorax_serve.frontend.library import Library
 from lorax_serve.frontend.reconciler import Reconciler
@@ -31,6 +31,9 @@ class Engine:
             raise AdapterRejected(RejectReason.BAD_FILE, "it is bad")
         digest = self.held[version] = digest_of(Path(path))
         return AdapterInfo(digest, 4, 2, 100)
+
+    async def compose_adapter(self, version: int, parts: tuple[Part, ...]) -> AdapterInfo:
+        raise NotImplementedError
 
     async def inspect_adapter(self, path: str) -> LoadReport:
         return LoadReport(digest=digest_of(Path(path)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax_serve.core import AdapterInfo
+from lorax_serve.core import AdapterInfo, Part
 from lorax_serve.errors import (
     AdapterConflict,
     AdapterNotFound,
@@ -15,12 +15,8 @@ from lorax_serve.errors import (
     InvalidRequest,
     RejectReason,
 )
-from lorax_serve.frontend.registry import (
-    Adapter,
-    AdapterRegistry,
-    AdapterState,
-    RegistryListener,
-)
+from lorax_serve.frontend.registry import AdapterRegistry, RegistryListener
+from lorax_serve.frontend.version import Adapter, AdapterState
 from lorax_serve.report import LoadReport
 
 
@@ -40,6 +36,9 @@ class Loader:
             raise AdapterRejected(RejectReason.BAD_FILE, "it is bad")
         self.loaded[version] = path
         return AdapterInfo(digest, 4, 2, 100)
+
+    async def compose_adapter(self, version: int, parts: tuple[Part, ...]) -> AdapterInfo:
+        raise NotImplementedError
 
     async def inspect_adapter(self, path: str) -> LoadReport:
         return LoadReport(digest=Path(path).name)

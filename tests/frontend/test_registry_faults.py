@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax_serve.core import AdapterInfo
+from lorax_serve.core import AdapterInfo, Part
 from lorax_serve.errors import (
     AdapterConflict,
     AdapterNotFound,
@@ -17,7 +17,8 @@ from lorax_serve.errors import (
     Overloaded,
     RejectReason,
 )
-from lorax_serve.frontend.registry import Adapter, AdapterRegistry, AdapterState, RegistryListener
+from lorax_serve.frontend.registry import AdapterRegistry, RegistryListener
+from lorax_serve.frontend.version import Adapter, AdapterState
 from lorax_serve.report import LoadReport
 
 
@@ -39,6 +40,9 @@ class ScriptedLoader:
             raise answer
         self.held.add(version)
         return AdapterInfo(answer, 4, 2, 10)
+
+    async def compose_adapter(self, version: int, parts: tuple[Part, ...]) -> AdapterInfo:
+        return await self.load_adapter(version, "+".join(part.path for part in parts))
 
     async def inspect_adapter(self, path: str) -> LoadReport:
         return LoadReport(digest=Path(path).name)

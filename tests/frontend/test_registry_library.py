@@ -15,7 +15,8 @@ from lorax_serve.errors import (
     SourceFailed,
     SourceReason,
 )
-from lorax_serve.frontend.registry import AdapterRegistry, AdapterState
+from lorax_serve.frontend.registry import AdapterRegistry
+from lorax_serve.frontend.version import AdapterState
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
 from tests.frontend.place import Engine, Place
 from tests.server.harness import until

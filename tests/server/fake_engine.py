@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorax_serve.core import AdapterInfo, EngineStats, ModelInfo, StopReason, TokenOutput
+from lorax_serve.core import AdapterInfo, EngineStats, ModelInfo, Part, StopReason, TokenOutput
 from lorax_serve.engine.messages import StepReport, Submit
 from lorax_serve.errors import AdapterRejected, EngineFailed, Overloaded, RejectReason
 from lorax_serve.frontend.async_engine import AsyncEngine, TokenSink
@@ -34,6 +34,7 @@ class FakeEngine(AsyncEngine):
         aborted: ids of requests that were aborted, and how many steps had been done.
         loads: names of the directories that were loaded or are waiting.
         loads_open: loads wait for it.
+        composed: what versions were composed of.
         dropped: versions that were freed.
         report: of what is loaded and inspected, in place of a plain one.
         closed: whether it was closed.
@@ -61,6 +62,7 @@ class FakeEngine(AsyncEngine):
         self.loads: list[str] = []
         self.loads_open = asyncio.Event()
         self.loads_open.set()
+        self.composed: dict[int, tuple[Part, ...]] = {}
         self.dropped: list[int] = []
         self.report: LoadReport | None = None
         self.closed = False
@@ -94,6 +96,11 @@ class FakeEngine(AsyncEngine):
             reason, message = RejectReason.SHAPE_MISMATCH, "lora_A of layer 3 has rank 5"
             raise AdapterRejected(reason, message, self.report or report.refused(reason, message))
         return AdapterInfo(digest, 8, 14, len(content), report=self.report or report)
+
+    async def compose_adapter(self, version: int, parts: tuple[Part, ...]) -> AdapterInfo:
+        self.composed[version] = parts
+        await self.loads_open.wait()
+        return AdapterInfo("+".join(part.digest for part in parts), 16, 14, 2000)
 
     async def inspect_adapter(self, path: str) -> LoadReport:
         return self.report or LoadReport(digest=Path(path).name)

@@ -1,0 +1,185 @@
+"""Several adapters that requests name together, each with its scale, as one more adapter.
+
+A composition holds its parts: none of them is freed while it is there. It stays, unused, for the
+next request that names the same, until others need its place or one of its parts is to go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from lorax_serve.core import AdapterInfo, Part
+from lorax_serve.frontend.version import Adapter
+
+__all__ = ["Composed", "Composer", "Compositions"]
+
+# What is kept without being used. Each is known to the engine, and in memory only while that has
+# room.
+_MOST_IDLE = 64
+
+_Key = tuple[tuple[int, float], ...]
+_Parts = tuple[tuple[Adapter, float], ...]
+
+
+class Composer(Protocol):
+    """What is needed of the engine."""
+
+    async def compose_adapter(self, version: int, parts: tuple[Part, ...]) -> AdapterInfo:
+        """Add several adapters up into one more."""
+
+    async def drop_adapter(self, version: int) -> int:
+        """Free a version; returns its bytes."""
+
+
+@dataclass(slots=True, eq=False)
+class Composed(Adapter):
+    """A composition. Its name is those of its parts.
+
+    Attributes:
+        parts: the versions and their scales, in the order of the request.
+    """
+
+    parts: _Parts = ()
+    leaving: bool = field(default=False)
+    """Whether it goes with its last request."""
+
+
+@dataclass(slots=True)
+class _Making:
+    """A composition that is being made, and how many requests wait for it."""
+
+    task: asyncio.Task[Composed]
+    waiting: int = 0
+
+
+class Compositions:
+    """The compositions of a server.
+
+    Args:
+        engine: makes and frees them.
+        next_key: gives a number that no other version in the engine has.
+        hold, release: count the references to a version.
+        in_background: runs to its end, whatever becomes of the caller.
+    """
+
+    def __init__(
+        self,
+        engine: Composer,
+        next_key: Callable[[], int],
+        hold: Callable[[Adapter], None],
+        release: Callable[[Adapter], None],
+        in_background: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
+    ) -> None:
+        self._engine = engine
+        self._next_key = next_key
+        self._hold = hold
+        self._release = release
+        self._in_background = in_background
+        self._made: OrderedDict[_Key, Composed] = OrderedDict()
+        """The least recently used first."""
+        self._making: dict[_Key, _Making] = {}
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    async def acquire(self, parts: Sequence[tuple[Adapter, float]]) -> Composed:
+        """Pin the composition of these versions, which the caller holds; made if need be.
+
+        Raises:
+            AdapterRejected: one of them is more than LoRA.
+            Overloaded: it does not fit into the memory for adapters.
+        """
+        key = tuple((adapter.key, scale) for adapter, scale in parts)
+        composed = self._made.get(key)
+        if composed is None:
+            return await self._acquire_new(key, tuple(parts))
+        self._made.move_to_end(key)
+        self._hold(composed)
+        return composed
+
+    def released(self, composed: Composed) -> None:
+        """A request that had acquired it has ended."""
+        if composed.references == 0:
+            if composed.leaving:
+                self._drop(composed)
+            else:
+                self._make_room()
+
+    def leave(self, adapter: Adapter) -> None:
+        """A version is to be freed: what is made of it goes, at once or with its last request."""
+        for key, composed in list(self._made.items()):
+            if any(part is adapter for part, _ in composed.parts):
+                del self._made[key]
+                composed.leaving = True
+                if composed.references == 0:
+                    self._drop(composed)
+
+    async def _acquire_new(self, key: _Key, parts: _Parts) -> Composed:
+        making = self._making.get(key)
+        if making is None:
+            making = self._making[key] = _Making(self._in_background(self._make(key, parts)))
+        making.waiting += 1
+        try:
+            return await asyncio.shield(making.task)
+        except asyncio.CancelledError:
+            making.waiting -= 1
+            task = making.task
+            if task.done() and not task.cancelled() and not task.exception():
+                self._release(task.result())  # it was held for this one too
+            raise
+
+    async def _make(self, key: _Key, parts: _Parts) -> Composed:
+        """Make one, and hold it for all who wait by then."""
+        for adapter, _ in parts:
+            self._hold(adapter)
+        number = self._next_key()
+        try:
+            info = await self._engine.compose_adapter(
+                number,
+                tuple(Part(str(each.path), each.info.digest, scale) for each, scale in parts),
+            )
+        except BaseException:
+            for adapter, _ in parts:
+                self._release(adapter)
+            raise
+        finally:
+            making = self._making.pop(key)
+        composed = Composed(
+            name="+".join(adapter.name for adapter, _ in parts),
+            version=number,
+            info=info,
+            path=Path(),
+            key=number,
+            weight=max(adapter.weight for adapter, _ in parts),
+            parts=parts,
+        )
+        for _ in range(making.waiting):
+            self._hold(composed)
+        if not any(adapter.going for adapter, _ in parts):
+            self._made[key] = composed
+            self._make_room()
+        else:  # one was unloaded meanwhile: it goes with the requests that wait for it
+            composed.leaving = True
+            if not making.waiting:
+                self._drop(composed)
+        return composed
+
+    def _make_room(self) -> None:
+        idle = [key for key, composed in self._made.items() if composed.references == 0]
+        for key in idle[: max(0, len(idle) - _MOST_IDLE)]:
+            self._drop(self._made.pop(key))
+
+    def _drop(self, composed: Composed) -> None:
+        self._in_background(self._free(composed))
+
+    async def _free(self, composed: Composed) -> None:
+        try:
+            await self._engine.drop_adapter(composed.key)
+        finally:
+            for adapter, _ in composed.parts:
+                self._release(adapter)
