@@ -15,10 +15,12 @@ __all__ = [
     "AdapterInfo",
     "AdapterScale",
     "AdapterStats",
+    "AdapterTier",
     "Batch",
     "CacheKey",
     "ChatMessage",
     "EngineStats",
+    "Freed",
     "GenerateRequest",
     "ModelInfo",
     "Part",
@@ -323,6 +325,29 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     num_parameters: int
     kv_cache_bytes: int
+
+
+class AdapterTier(Enum):
+    """The fastest place where an adapter's weights are."""
+
+    DEVICE = "device"
+    """In a slot, where batches find them; on a CPU that is host memory too."""
+    HOST = "host"
+    DISK = "disk"
+
+
+class Freed(NamedTuple):
+    """Bytes that an unload has freed, by tier."""
+
+    host: int = 0
+    device: int = 0
+    """Beside the host's: 0 on a CPU."""
+    disk: int = 0
+    """Of the server's own copies, as far as nothing else needs them."""
+
+    def plus(self, other: Freed) -> Freed:
+        """The sum, tier by tier."""
+        return Freed(*(ours + theirs for ours, theirs in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,10 @@ from prometheus_client.registry import Collector
 from lorax_serve import __version__
 from lorax_serve.core import AdapterStats, EngineStats, StopReason, TokenOutput
 from lorax_serve.engine.messages import StepReport
-from lorax_serve.errors import InvalidRequest
+from lorax_serve.errors import AdapterRejected, InvalidRequest, LoraxError, SourceFailed
 from lorax_serve.frontend.compositions import Composed
+from lorax_serve.frontend.events import RegistryListener
 from lorax_serve.frontend.generator import RequestListener, TextStream
-from lorax_serve.frontend.registry import RegistryListener
 from lorax_serve.frontend.version import Adapter
 
 __all__ = ["BASE_LABEL", "MAX_ADAPTER_LABELS", "OTHER_LABEL", "Metrics", "MetricsServer"]
@@ -176,8 +176,10 @@ class Metrics(RequestListener, RegistryListener):
         self._loads.inc()
         self._versions.setdefault(adapter.name, set()).add(adapter.key)
 
-    def rejected(self, name: str, reason: str) -> None:
-        """A load was refused. The name is not a label: it may be anything."""
+    def refused(self, name: str, error: LoraxError) -> None:
+        """A load has failed. The name is not a label: it may be anything."""
+        typed = error.reason if isinstance(error, AdapterRejected | SourceFailed) else None
+        reason = typed or type(error).__name__
         snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", reason).lower()
         self._rejects.labels(snake_case).inc()
 

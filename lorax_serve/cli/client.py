@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lorax_serve import __version__
+from lorax_serve.cli.adapters import add_commands
 from lorax_serve.errors import InvalidRequest, LoraxError
 
 __all__ = ["main"]
@@ -114,66 +115,6 @@ def _adapters(options: argparse.Namespace) -> Any:
     return scales
 
 
-def _list(client: Any, options: argparse.Namespace) -> None:
-    rows = [
-        (
-            "NAME",
-            "STATE",
-            "VERSION",
-            "RANK",
-            "MODULES",
-            "BYTES",
-            "WEIGHT",
-            "ACTIVE",
-            "REQUESTS",
-            "DIGEST",
-        ),
-        *(
-            (
-                each.name,
-                each.state,
-                str(each.version),
-                str(each.rank),
-                str(each.module_count),
-                str(each.host_bytes),
-                str(each.weight),
-                str(each.active_requests),
-                str(each.total_requests),
-                each.digest[:12],
-            )
-            for each in client.list_adapters()
-        ),
-    ]
-    from lorax_serve.cli.inspection import table
-
-    print("\n".join(table(rows)))
-
-
-def _load(client: Any, options: argparse.Namespace) -> None:
-    adapter = client.load_adapter(options.name, options.path, weight=options.weight)
-    print(
-        f"{adapter.name}: version {adapter.version}, rank {adapter.rank} on "
-        f"{adapter.module_count} modules, {adapter.host_bytes} bytes, digest {adapter.digest}"
-    )
-    for warning in adapter.report.warnings if adapter.report else ():
-        print(f"lorax: warning: {warning}", file=sys.stderr)
-
-
-def _inspect(client: Any, options: argparse.Namespace) -> int:
-    from lorax_serve.cli.inspection import inspect
-
-    return inspect(client, options)
-
-
-def _rollback(client: Any, options: argparse.Namespace) -> None:
-    adapter = client.roll_back_adapter(options.name, options.digest)
-    print(f"{adapter.name}: version {adapter.version}, digest {adapter.digest}")
-
-
-def _unload(client: Any, options: argparse.Namespace) -> None:
-    print(f"{options.name}: unloaded, {client.unload_adapter(options.name)} bytes freed")
-
-
 def _info(client: Any, options: argparse.Namespace) -> None:
     model = client.model_info()
     print(f"model       {model.model} ({model.num_parameters:,} parameters)")
@@ -241,41 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", parents=[common], help="describe the server's model")
     info.set_defaults(run=_info)
 
-    adapters = commands.add_parser(
-        "adapters", help="list, inspect, load, roll back and unload adapters"
-    )
-    actions = adapters.add_subparsers(required=True, metavar="ACTION")
-    each = actions.add_parser("list", parents=[common], help="what is loaded")
-    each.set_defaults(run=_list)
-    load = actions.add_parser("load", parents=[common], help="load or replace an adapter")
-    load.add_argument("name", help="what requests will call it")
-    load.add_argument("path", nargs="?", help="inside the server's --adapters (default: the name)")
-    load.add_argument("--weight", type=int, help="its share of a busy server, 1 to 100")
-    load.set_defaults(run=_load)
-    rollback = actions.add_parser(
-        "rollback", parents=[common], help="make a name mean an earlier version again"
-    )
-    rollback.add_argument("name")
-    rollback.add_argument("digest", nargs="?", help="of that version (default: the one before)")
-    rollback.set_defaults(run=_rollback)
-    inspect = actions.add_parser(
-        "inspect", parents=[common], help="what a load would find, without loading"
-    )
-    inspect.add_argument(
-        "path",
-        help="inside the server's --adapters; without --server, a directory here if there is one",
-    )
-    inspect.add_argument(
-        "--local", action="store_true", help="look at a directory here, without a server"
-    )
-    inspect.add_argument(
-        "--model",
-        help="of --local, which it implies: as of lorax-serve (default: smollm2-135m)",
-    )
-    inspect.set_defaults(run=_inspect)
-    unload = actions.add_parser("unload", parents=[common], help="drain and free an adapter")
-    unload.add_argument("name")
-    unload.set_defaults(run=_unload)
+    add_commands(commands, common)
     return parser
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorax_serve.cli.table import table
 from lorax_serve.client import LoadReport, ModuleReport, ProbeOutcome, ProbeReport, Unavailable
 
-__all__ = ["inspect", "table"]
+__all__ = ["inspect"]
 
 _NAMES = 8
 
@@ -37,14 +38,6 @@ def inspect(client: Any, options: argparse.Namespace) -> int:
             report = _local(path, options.model)
     print("\n".join(_lines(report)))
     return 0 if report.applied else 1
-
-
-def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines of columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield "  ".join(cells).rstrip()
 
 
 def _local(path: Path, model: str | None) -> LoadReport:

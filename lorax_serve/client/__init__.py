@@ -15,6 +15,7 @@ from lorax_serve.client.failures import ServerError, TimedOut, Unavailable
 from lorax_serve.client.requests import Adapters, GenerateOptions, Prompt
 from lorax_serve.client.results import (
     Adapter,
+    AdapterEvent,
     AppliedAdapter,
     Generation,
     Model,
@@ -23,15 +24,17 @@ from lorax_serve.client.results import (
     TopToken,
 )
 from lorax_serve.client.sync import Client
-from lorax_serve.core import StopReason
+from lorax_serve.core import Freed, StopReason
 from lorax_serve.report import LoadReport, ModuleReport, ProbeOutcome, ProbeReport
 
 __all__ = [
     "Adapter",
+    "AdapterEvent",
     "Adapters",
     "AppliedAdapter",
     "AsyncClient",
     "Client",
+    "Freed",
     "GenerateOptions",
     "Generation",
     "LoadReport",

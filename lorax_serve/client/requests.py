@@ -164,6 +164,7 @@ def channel_options(retries: int) -> tuple[tuple[str, Any], ...]:
         "name": [
             {"service": "lorax.v1.GenerationService"},
             {"service": "lorax.v1.AdapterService", "method": "LoadAdapter"},
+            {"service": "lorax.v1.AdapterService", "method": "UpdateAdapter"},
             {"service": "lorax.v1.AdapterService", "method": "InspectAdapter"},
             {"service": "lorax.v1.AdapterService", "method": "ListAdapters"},
         ],

@@ -12,6 +12,7 @@ from lorax_serve.report import LoadReport, ModuleReport, ProbeOutcome, ProbeRepo
 
 __all__ = [
     "Adapter",
+    "AdapterEvent",
     "AppliedAdapter",
     "Generation",
     "Model",
@@ -180,6 +181,8 @@ class Adapter:
         host_bytes: host memory that it takes.
         last_used: when the last request started with it, else when it was loaded.
         weight: its share of a busy server.
+        pinned: whether its weights never leave host memory.
+        tier: where its weights are: ``device``, ``host`` or ``disk``; None where that is not told.
         report: what the load has found, without lists of modules and tensors; only in the answer
             to the load.
     """
@@ -195,6 +198,8 @@ class Adapter:
     total_requests: int
     last_used: datetime
     weight: int
+    pinned: bool = False
+    tier: str | None = field(default=None, compare=False)
     report: LoadReport | None = field(default=None, compare=False)
 
     @classmethod
@@ -213,6 +218,8 @@ class Adapter:
             total_requests=message.total_requests,
             last_used=message.last_used.ToDatetime(tzinfo=UTC),
             weight=message.weight,
+            pinned=message.pinned,
+            tier=_word(adapter_pb2.AdapterTier, message.tier),
             report=report,
         )
 
@@ -221,6 +228,38 @@ class Adapter:
         """The content of the response to a load; an older server's has no report."""
         report = load_report(response.report) if response.HasField("report") else None
         return cls.of(response.adapter, report)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEvent:
+    """One change on a server.
+
+    Attributes:
+        kind: ``present`` (it was there when the watch began), ``synced`` (all that was there has
+            been told), ``loaded``, ``changed`` (its state, weight or pin), ``unloaded`` or
+            ``refused`` (a load has failed).
+        name: of the adapter; empty with ``synced``.
+        adapter: as it was then; None with ``synced`` and ``refused``.
+        message: why a load failed.
+        reason: the class of that, if it has one.
+    """
+
+    kind: str
+    name: str
+    adapter: Adapter | None
+    message: str
+    reason: str
+
+    @classmethod
+    def of(cls, message: Any) -> AdapterEvent:
+        """The content of a message."""
+        return cls(
+            kind=_word(adapter_pb2.AdapterEvent, message.event) or "unknown",
+            name=message.adapter_id,
+            adapter=Adapter.of(message.adapter) if message.HasField("adapter") else None,
+            message=message.message,
+            reason=message.reason,
+        )
 
 
 def load_report(message: Any) -> LoadReport:
@@ -255,6 +294,15 @@ def load_report(message: Any) -> LoadReport:
         reason=_reason(message.reject_reason) if message.HasField("reject_reason") else None,
         problems=tuple(message.problems),
     )
+
+
+def _word(enum: Any, number: int) -> str | None:
+    """An enum's value in lower case, without its prefix; None if it is unspecified or newer."""
+    if number == 0 or number not in enum.values():
+        return None
+    prefix = enum.Name(0).removesuffix("UNSPECIFIED")
+    name: str = enum.Name(number)
+    return name.removeprefix(prefix).lower()
 
 
 def _reason(word: str) -> RejectReason:

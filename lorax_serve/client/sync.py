@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, Unpack
@@ -11,7 +12,16 @@ import grpc
 from lorax_serve.client import requests
 from lorax_serve.client.failures import error_of
 from lorax_serve.client.requests import Adapters, GenerateOptions, Prompt
-from lorax_serve.client.results import Adapter, Generation, Model, Tokens, load_report
+from lorax_serve.client.results import (
+    Adapter,
+    AdapterEvent,
+    Generation,
+    Model,
+    Tokens,
+    load_report,
+)
+from lorax_serve.client.upload import upload_messages
+from lorax_serve.core import Freed
 from lorax_serve.pb.lorax.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
@@ -127,6 +137,7 @@ class Client:
         path: str | None = None,
         *,
         weight: int | None = None,
+        pinned: bool | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Load an adapter, or replace what ``name`` means for new requests.
@@ -135,10 +146,50 @@ class Client:
             name: what requests will call it.
             path: its directory, inside the server's adapter directory; default ``name``.
             weight: its share of a busy server, in [1, 100]; default: what the name had, else 1.
+            pinned: whether its weights never leave host memory; default: as the name was, else no.
             timeout: seconds that this call may take; the load goes on.
         """
-        request = adapter_pb2.LoadAdapterRequest(adapter_id=name, path=path, weight=weight)
+        request = adapter_pb2.LoadAdapterRequest(
+            adapter_id=name, path=path, weight=weight, pinned=pinned
+        )
         return Adapter.loaded(self._call(self._adapters.LoadAdapter, request, timeout))
+
+    def upload_adapter(
+        self,
+        name: str,
+        directory: str | os.PathLike[str],
+        *,
+        weight: int | None = None,
+        pinned: bool | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Send an adapter's files, and load them; the server keeps them (``--state``).
+
+        Args:
+            name: what requests will call it.
+            directory: here, with ``adapter_config.json`` and ``adapter_model.safetensors``.
+            weight: as for ``load_adapter``.
+            pinned: as for ``load_adapter``.
+            timeout: seconds that this call may take.
+
+        Raises:
+            InvalidRequest: a file cannot be read.
+        """
+        messages = upload_messages(name, directory, weight, pinned)
+        return Adapter.loaded(self._call(self._adapters.UploadAdapter, messages, timeout))
+
+    def update_adapter(
+        self,
+        name: str,
+        *,
+        weight: int | None = None,
+        pinned: bool | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Change the weight or the pin of what a name means; None leaves it as it is."""
+        request = adapter_pb2.UpdateAdapterRequest(adapter_id=name, weight=weight, pinned=pinned)
+        answer = self._call(self._adapters.UpdateAdapter, request, timeout)
+        return Adapter.of(answer.adapter)
 
     def inspect_adapter(
         self, name: str, path: str | None = None, *, timeout: float | None = None
@@ -154,11 +205,11 @@ class Client:
         answer = self._call(self._adapters.InspectAdapter, request, timeout)
         return load_report(answer.report)
 
-    def unload_adapter(self, name: str, *, timeout: float | None = None) -> int:
+    def unload_adapter(self, name: str, *, timeout: float | None = None) -> Freed:
         """Take an adapter away, wait for its last request; returns the bytes that were freed."""
         request = adapter_pb2.UnloadAdapterRequest(adapter_id=name)
-        freed: int = self._call(self._adapters.UnloadAdapter, request, timeout).freed_bytes
-        return freed
+        answer = self._call(self._adapters.UnloadAdapter, request, timeout)
+        return Freed(answer.host_bytes, answer.device_bytes, answer.disk_bytes)
 
     def roll_back_adapter(
         self, name: str, digest: str | None = None, *, timeout: float | None = None
@@ -172,6 +223,24 @@ class Client:
         request = adapter_pb2.ListAdaptersRequest()
         answer = self._call(self._adapters.ListAdapters, request, timeout)
         return [Adapter.of(each) for each in answer.adapters]
+
+    def watch_adapters(
+        self, name: str | None = None, *, timeout: float | None = None
+    ) -> Generator[AdapterEvent, None, None]:
+        """What is loaded, then every change as it happens, of one name or of all.
+
+        Leaving the loop, or closing the iterator, ends the watch.
+        """
+        call = self._adapters.WatchAdapters(
+            adapter_pb2.WatchAdaptersRequest(adapter_id=name), timeout=timeout
+        )
+        try:
+            for message in call:
+                yield AdapterEvent.of(message)
+        except grpc.RpcError as error:
+            raise error_of(error, self._address) from None
+        finally:
+            call.cancel()
 
     def _call(
         self,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
-from lorax_serve.core import AdapterInfo, AdapterStats
+from lorax_serve.core import AdapterInfo, AdapterStats, AdapterTier, Freed
 from lorax_serve.engine.adapter_loader import Load, LoadFinished
 from lorax_serve.engine.adapter_slots import AdapterSlots
 from lorax_serve.engine.host_cache import HostCache
@@ -100,14 +100,45 @@ class AdapterStore:
         version, info, weights = loaded.load.version, loaded.info, loaded.weights
         assert info is not None
         assert weights is not None
-        _check_size(info.nbytes, self._host.max_bytes, "host memory", "max-adapter-bytes")
+        room = self._host.max_bytes - self._host.pinned_bytes
+        _check_size(info.nbytes, room, "host memory", "max-adapter-bytes")
         if (on_device := self._slots.max_bytes) is not None:
             _check_size(info.nbytes, on_device, "device memory", "max-device-adapter-bytes")
         self._known[version] = info, loaded.load
-        self._evict(self._host.add(version, info.nbytes, self._pinned()))
+        self._evict(self._host.add(version, info.nbytes, self._in_use()))
         if version in self._host:
             self._weights[version] = weights
         return info
+
+    def pin(self, version: int, instead_of: int | None) -> None:
+        """Keep an adapter in host memory; if it is not there, it is read.
+
+        Raises:
+            Overloaded: it would leave others no room.
+        """
+        excess = self._host.pin(version, instead_of)
+        if excess is not None:
+            raise Overloaded(
+                f"the adapter cannot be pinned: the pinned ones and the largest other would take "
+                f"{excess} bytes more than the {self._host.max_bytes} of host memory for adapters "
+                "(--max-adapter-bytes); raise that limit, or unpin others"
+            )
+        self._settled = False
+
+    def unpin(self, version: int) -> None:
+        """Let an adapter leave host memory again."""
+        self._host.unpin(version)
+
+    def tiers(self) -> dict[int, AdapterTier]:
+        """Where each adapter is."""
+        return {
+            version: AdapterTier.DEVICE
+            if version in self._slots
+            else AdapterTier.HOST
+            if version in self._host
+            else AdapterTier.DISK
+            for version in self._known
+        }
 
     def want(self, version: int) -> None:
         """A request for this adapter waits."""
@@ -132,7 +163,8 @@ class AdapterStore:
         wanted.update(dict.fromkeys(waiting()))
         if not self._shared:
             wanted = {v: None for v in wanted if v not in self._slots}
-        plan = self._host.plan(wanted, self._pinned())
+        first = dict.fromkeys(self._host.missing)
+        plan = self._host.plan({**first, **wanted}, self._in_use())
         self._slots.short |= plan.short
         self._evict(plan.evict)
         for version in plan.read:
@@ -166,8 +198,8 @@ class AdapterStore:
             self._clear_slot(slot)
             self._settled = False  # whose adapter it was may be wanted, and be on disk only
 
-    def drop(self, version: int, slot: int | None) -> int:
-        """Forget an adapter that no request uses; returns the bytes of memory that this frees.
+    def drop(self, version: int, slot: int | None) -> Freed:
+        """Forget an adapter that no request uses; returns the memory that this frees.
 
         Args:
             version: the adapter.
@@ -178,9 +210,9 @@ class AdapterStore:
         self._weights.pop(version, None)
         self._late.discard(version)
         if slot is None:
-            return freed
+            return Freed(host=freed)
         self._clear_slot(slot)
-        return freed if self._shared else freed + info.nbytes
+        return Freed(host=freed, device=0 if self._shared else info.nbytes)
 
     def problems(self) -> list[str]:
         """What is wrong between the tiers; empty when all is well."""
@@ -195,7 +227,7 @@ class AdapterStore:
             found.append(f"adapter versions {strays} are in slots, but not in memory")
         return found
 
-    def _pinned(self) -> Collection[int]:
+    def _in_use(self) -> Collection[int]:
         """What must not leave host memory: running requests compute with it, if it is shared."""
         return self._slots.pinned if self._shared else ()
 
@@ -210,6 +242,7 @@ class AdapterStore:
 def _check_size(nbytes: int, max_bytes: int, what: str, flag: str) -> None:
     if nbytes > max_bytes:
         raise Overloaded(
-            f"the adapter takes {nbytes} bytes, more than all of the {max_bytes} bytes of {what} "
-            f"for adapters (--{flag}); raise that limit or train it with a smaller rank"
+            f"the adapter takes {nbytes} bytes, more than the {max_bytes} bytes of {what} that "
+            f"adapters have (--{flag}) beside pinned ones; raise that limit, or train it with a "
+            "smaller rank"
         )

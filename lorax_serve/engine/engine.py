@@ -16,12 +16,16 @@ from lorax_serve.engine.kv_rows import BLOCK, KVRows, blocks_of
 from lorax_serve.engine.messages import (
     Abort,
     CheckIntegrity,
+    Command,
     DropAdapter,
+    FindAdapters,
     InspectAdapter,
     LoadAdapter,
+    PinAdapter,
     Reply,
     StepReport,
     Submit,
+    UnpinAdapter,
 )
 from lorax_serve.engine.prefill_budget import PrefillBudget
 from lorax_serve.engine.probing import Prober
@@ -77,13 +81,7 @@ class Engine:
 
     def handle(
         self,
-        message: Submit
-        | Abort
-        | LoadAdapter
-        | InspectAdapter
-        | DropAdapter
-        | CheckIntegrity
-        | LoadFinished,
+        message: Command | LoadFinished,
     ) -> None:
         """Take one command or one finished load; answers go into the next report."""
         self._stalled = False
@@ -102,6 +100,13 @@ class Engine:
                 self._keep(message)
             case DropAdapter(call_id, version):
                 self._drop(call_id, version)
+            case PinAdapter(call_id, version, instead_of):
+                self._pin(call_id, version, instead_of)
+            case UnpinAdapter(call_id, version):
+                self._store.unpin(version)
+                self._reply(Reply(call_id))
+            case FindAdapters(call_id):
+                self._reply(Reply(call_id, self._store.tiers()))
             case CheckIntegrity(call_id):
                 self._reply(Reply(call_id, self.check_integrity()))
 
@@ -284,13 +289,27 @@ class Engine:
                 TokenOutput(sequence.request_id, None, StopReason.ERROR, error=error)
             )
 
+    def _pin(self, call_id: int, version: int, instead_of: int | None) -> None:
+        if version not in self._store:
+            self._reply(_not_loaded(call_id, version))
+            return
+        try:
+            self._store.pin(version, instead_of)
+        except LoraxError as error:
+            self._reply(Reply(call_id, error=error))
+        else:
+            self._reply(Reply(call_id))
+
     def _drop(self, call_id: int, version: int) -> None:
         if version not in self._store:
-            error = EngineFailed(f"adapter version {version} is not loaded")
-            self._reply(Reply(call_id, error=error))
+            self._reply(_not_loaded(call_id, version))
             return
         slot = self._scheduler.drop_adapter(version)
         self._reply(Reply(call_id, self._store.drop(version, slot)))
 
     def _reply(self, reply: Reply) -> None:
         self._report.replies.append(reply)
+
+
+def _not_loaded(call_id: int, version: int) -> Reply:
+    return Reply(call_id, error=EngineFailed(f"adapter version {version} is not loaded"))

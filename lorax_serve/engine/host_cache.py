@@ -19,8 +19,8 @@ _MAX_READING = 4
 class Plan(NamedTuple):
     """What to do now: first evict, then start reading.
 
-    ``short``: pinned and earlier ones leave no room for a wanted version. ``settled``: all others
-    are resident or being read.
+    ``short``: those in use and earlier ones leave no room for a wanted version. ``settled``: all
+    others are resident or being read.
     """
 
     evict: list[int]
@@ -48,6 +48,7 @@ class HostCache:
         self._resident: OrderedDict[int, None] = OrderedDict()
         """The least recently used first."""
         self._reading: dict[int, None] = {}
+        self._pinned: dict[int, None] = {}
 
     def __len__(self) -> int:
         return len(self._resident)
@@ -73,35 +74,69 @@ class HostCache:
         self._resident.move_to_end(version)
         return self._bytes_of[version]
 
-    def add(self, version: int, nbytes: int, pinned: Collection[int]) -> list[int]:
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of the pinned versions, wherever they are."""
+        return self._sum(self._pinned)
+
+    @property
+    def missing(self) -> list[int]:
+        """Pinned versions that are to be read: not resident, and not being read."""
+        return [v for v in self._pinned if v not in self._resident and v not in self._reading]
+
+    def pin(self, version: int, instead_of: int | None = None) -> int | None:
+        """Keep a version from being evicted.
+
+        Every other version must still find room beside the pinned ones: else it would wait for
+        ever.
+
+        Args:
+            version: a known one, resident or not.
+            instead_of: a version that is about to be unpinned.
+
+        Returns:
+            None, or the bytes that are too many.
+        """
+        pinned = {version, *self._pinned} - {instead_of}
+        others = (size for other, size in self._bytes_of.items() if other not in pinned)
+        excess = self._sum(pinned) + max(others, default=0) - self.max_bytes
+        if excess > 0:
+            return excess
+        self._pinned[version] = None
+        return None
+
+    def unpin(self, version: int) -> None:
+        """Let a version be evicted again."""
+        self._pinned.pop(version, None)
+
+    def add(self, version: int, nbytes: int, in_use: Collection[int]) -> list[int]:
         """Know a new version whose weights are at hand; returns the versions that it evicts.
 
-        It is resident then, or on disk only if the others are pinned or being read.
+        It is resident then, or on disk only if the others are in use or being read.
         """
-        assert nbytes <= self.max_bytes, "it alone does not fit"
+        assert nbytes + self.pinned_bytes <= self.max_bytes, "it does not fit beside the pinned"
         self._bytes_of[version] = nbytes
-        kept = self._sum(v for v in pinned if v in self._resident) + self._sum(self._reading)
-        if kept + nbytes > self.max_bytes:
+        keep = self._keep(in_use)
+        if self._sum(keep) + nbytes > self.max_bytes:
             return []
-        evicted = self._evict(nbytes, pinned)
+        evicted = self._evict(nbytes, keep)
         self._resident[version] = None
         self.nbytes += nbytes
         return evicted
 
-    def plan(self, wanted: Iterable[int], pinned: Collection[int]) -> Plan:
+    def plan(self, wanted: Iterable[int], in_use: Collection[int]) -> Plan:
         """Choose what to read of what waiting requests want.
 
-        The pinned versions, those being read, and the first of the wanted ones as far as the
-        budget goes are the working set: what is missing of it is read in order, and only versions
-        outside of it are evicted. So the first wanted version always gets in once the pins leave
-        it room, however many are wanted.
+        The versions that are pinned or in use, those being read, and the first of the wanted ones
+        as far as the budget goes are the working set: what is missing of it is read in order, and
+        only versions outside of it are evicted. So the first wanted version always gets in once
+        those in use leave it room, however many are wanted.
 
         Args:
             wanted: versions in the order in which they should be served.
-            pinned: versions that must not leave host memory.
+            in_use: versions that must not leave host memory now.
         """
-        keep = {version for version in pinned if version in self._resident}
-        keep.update(self._reading)
+        keep = self._keep(in_use)
         size = self._sum(keep)
         evict: list[int] = []
         read: list[int] = []
@@ -145,6 +180,7 @@ class HostCache:
     def drop(self, version: int) -> int:
         """Forget a version; returns the bytes that this frees, 0 if it was on disk only."""
         nbytes = self._bytes_of.pop(version)
+        self.unpin(version)
         if version in self._resident:
             del self._resident[version]
         elif version in self._reading:
@@ -160,7 +196,8 @@ class HostCache:
         both = self._resident.keys() & self._reading.keys()
         if both:
             found.append(f"adapter versions {sorted(both)} are resident and being read")
-        strange = (self._resident.keys() | self._reading.keys()) - self._bytes_of.keys()
+        held = self._resident.keys() | self._reading.keys() | self._pinned.keys()
+        strange = held - self._bytes_of.keys()
         if strange:
             found.append(f"adapter versions {sorted(strange)} are in memory, but unknown")
         total = self._sum({*self._resident, *self._reading} - strange)
@@ -169,6 +206,11 @@ class HostCache:
         if self.nbytes > self.max_bytes:
             found.append(f"adapters take {self.nbytes} of {self.max_bytes} host bytes")
         return found
+
+    def _keep(self, in_use: Collection[int]) -> set[int]:
+        """What is in memory, or about to be, and must stay."""
+        stays = {*in_use, *self._pinned}
+        return {version for version in stays if version in self._resident} | self._reading.keys()
 
     def _sum(self, versions: Iterable[int]) -> int:
         return sum(self._bytes_of[version] for version in versions)

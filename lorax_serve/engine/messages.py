@@ -9,7 +9,16 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, field
 
-from lorax_serve.core import AdapterInfo, EngineStats, ModelInfo, Part, SamplingParams, TokenOutput
+from lorax_serve.core import (
+    AdapterInfo,
+    AdapterTier,
+    EngineStats,
+    Freed,
+    ModelInfo,
+    Part,
+    SamplingParams,
+    TokenOutput,
+)
 from lorax_serve.errors import LoraxError
 from lorax_serve.report import LoadReport
 
@@ -75,10 +84,38 @@ class InspectAdapter:
 
 @dataclass(frozen=True, slots=True)
 class DropAdapter:
-    """Free an adapter that no request uses. Replied with the bytes freed."""
+    """Free an adapter that no request uses. Replied with what was ``Freed``."""
 
     call_id: int
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class PinAdapter:
+    """Keep an adapter in host memory from now on. Replied with None, or ``Overloaded``.
+
+    Attributes:
+        instead_of: a pinned version that is to be unpinned next, whose room it may count on.
+    """
+
+    call_id: int
+    version: int
+    instead_of: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinAdapter:
+    """Let an adapter leave host memory again. Replied with None."""
+
+    call_id: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class FindAdapters:
+    """Ask where all adapters are. Replied with a dict of ``AdapterTier`` by version."""
+
+    call_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +130,21 @@ class Stop:
     """Leave the step loop."""
 
 
-Command = Submit | Abort | LoadAdapter | InspectAdapter | DropAdapter | CheckIntegrity | Stop
+Command = (
+    Submit
+    | Abort
+    | LoadAdapter
+    | InspectAdapter
+    | DropAdapter
+    | PinAdapter
+    | UnpinAdapter
+    | FindAdapters
+    | CheckIntegrity
+    | Stop
+)
+Answer = (
+    AdapterInfo | LoadReport | ModelInfo | Freed | dict[int, AdapterTier] | tuple[str, ...] | None
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +152,7 @@ class Reply:
     """The answer to a command with a ``call_id``: a value, or an error to raise."""
 
     call_id: int
-    value: AdapterInfo | LoadReport | ModelInfo | int | tuple[str, ...] | None = None
+    value: Answer = None
     error: LoraxError | None = None
 
 

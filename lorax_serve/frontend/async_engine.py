@@ -12,7 +12,16 @@ from collections.abc import Callable, Iterable
 from multiprocessing.context import SpawnProcess
 
 from lorax_serve.config import EngineConfig
-from lorax_serve.core import AdapterInfo, EngineStats, ModelInfo, Part, StopReason, TokenOutput
+from lorax_serve.core import (
+    AdapterInfo,
+    AdapterTier,
+    EngineStats,
+    Freed,
+    ModelInfo,
+    Part,
+    StopReason,
+    TokenOutput,
+)
 from lorax_serve.engine import process
 from lorax_serve.engine.messages import (
     HEADER_BYTES,
@@ -20,12 +29,15 @@ from lorax_serve.engine.messages import (
     CheckIntegrity,
     Command,
     DropAdapter,
+    FindAdapters,
     InspectAdapter,
     LoadAdapter,
+    PinAdapter,
     Reply,
     StepReport,
     Stop,
     Submit,
+    UnpinAdapter,
     decode,
     encode,
 )
@@ -154,11 +166,33 @@ class AsyncEngine:
         assert isinstance(info, AdapterInfo)
         return info
 
-    async def drop_adapter(self, version: int) -> int:
-        """Free an adapter that no request uses any more; returns the bytes freed."""
-        nbytes = await self._ask(lambda call: DropAdapter(call, version))
-        assert isinstance(nbytes, int)
-        return nbytes
+    async def drop_adapter(self, version: int) -> Freed:
+        """Free an adapter that no request uses any more; returns the memory freed."""
+        freed = await self._ask(lambda call: DropAdapter(call, version))
+        assert isinstance(freed, Freed)
+        return freed
+
+    async def pin_adapter(self, version: int, instead_of: int | None = None) -> None:
+        """Keep an adapter in host memory.
+
+        Args:
+            version: a loaded one.
+            instead_of: a pinned version that is about to be unpinned.
+
+        Raises:
+            Overloaded: it would leave others no room.
+        """
+        await self._ask(lambda call: PinAdapter(call, version, instead_of))
+
+    async def unpin_adapter(self, version: int) -> None:
+        """Let an adapter leave host memory again."""
+        await self._ask(lambda call: UnpinAdapter(call, version))
+
+    async def find_adapters(self) -> dict[int, AdapterTier]:
+        """Where the weights of all loaded versions are."""
+        tiers = await self._ask(FindAdapters)
+        assert isinstance(tiers, dict)
+        return tiers
 
     async def check_integrity(self) -> tuple[str, ...]:
         """What is wrong in the engine's accounting: empty when all is well."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
-from lorax_serve.core import AdapterInfo, Part
+from lorax_serve.core import Part
+from lorax_serve.frontend.background import Background
 from lorax_serve.frontend.version import Adapter
+from lorax_serve.frontend.versions import AdapterEngine, Versions
 
-__all__ = ["Composed", "Composer", "Compositions"]
+__all__ = ["Composed", "Compositions"]
 
 # What is kept without being used. Each is known to the engine, and in memory only while that has
 # room.
@@ -24,16 +25,6 @@ _MOST_IDLE = 64
 
 _Key = tuple[tuple[int, float], ...]
 _Parts = tuple[tuple[Adapter, float], ...]
-
-
-class Composer(Protocol):
-    """What is needed of the engine."""
-
-    async def compose_adapter(self, version: int, parts: tuple[Part, ...]) -> AdapterInfo:
-        """Add several adapters up into one more."""
-
-    async def drop_adapter(self, version: int) -> int:
-        """Free a version; returns its bytes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,24 +53,14 @@ class Compositions:
 
     Args:
         engine: makes and frees them.
-        next_key: gives a number that no other version in the engine has.
-        hold, release: count the references to a version.
-        in_background: runs to its end, whatever becomes of the caller.
+        versions: what they are made of.
+        background: makes and frees them whatever becomes of the requests.
     """
 
-    def __init__(
-        self,
-        engine: Composer,
-        next_key: Callable[[], int],
-        hold: Callable[[Adapter], None],
-        release: Callable[[Adapter], None],
-        in_background: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
-    ) -> None:
+    def __init__(self, engine: AdapterEngine, versions: Versions, background: Background) -> None:
         self._engine = engine
-        self._next_key = next_key
-        self._hold = hold
-        self._release = release
-        self._in_background = in_background
+        self._versions = versions
+        self._background = background
         self._made: OrderedDict[_Key, Composed] = OrderedDict()
         """The least recently used first."""
         self._making: dict[_Key, _Making] = {}
@@ -99,11 +80,12 @@ class Compositions:
         if composed is None:
             return await self._acquire_new(key, tuple(parts))
         self._made.move_to_end(key)
-        self._hold(composed)
+        self._versions.hold(composed)
         return composed
 
-    def released(self, composed: Composed) -> None:
-        """A request that had acquired it has ended."""
+    def release(self, composed: Composed) -> None:
+        """Undo one ``acquire``."""
+        self._versions.release(composed)
         if composed.references == 0:
             if composed.leaving:
                 self._drop(composed)
@@ -122,7 +104,7 @@ class Compositions:
     async def _acquire_new(self, key: _Key, parts: _Parts) -> Composed:
         making = self._making.get(key)
         if making is None:
-            making = self._making[key] = _Making(self._in_background(self._make(key, parts)))
+            making = self._making[key] = _Making(self._background.run(self._make(key, parts)))
         making.waiting += 1
         try:
             return await asyncio.shield(making.task)
@@ -130,14 +112,14 @@ class Compositions:
             making.waiting -= 1
             task = making.task
             if task.done() and not task.cancelled() and not task.exception():
-                self._release(task.result())  # it was held for this one too
+                self.release(task.result())  # it was held for this one too
             raise
 
     async def _make(self, key: _Key, parts: _Parts) -> Composed:
         """Make one, and hold it for all who wait by then."""
         for adapter, _ in parts:
-            self._hold(adapter)
-        number = self._next_key()
+            self._versions.hold(adapter)
+        number = self._versions.next_key()
         try:
             info = await self._engine.compose_adapter(
                 number,
@@ -145,7 +127,7 @@ class Compositions:
             )
         except BaseException:
             for adapter, _ in parts:
-                self._release(adapter)
+                self._versions.release(adapter)
             raise
         finally:
             making = self._making.pop(key)
@@ -159,7 +141,7 @@ class Compositions:
             parts=parts,
         )
         for _ in range(making.waiting):
-            self._hold(composed)
+            self._versions.hold(composed)
         if not any(adapter.going for adapter, _ in parts):
             self._made[key] = composed
             self._make_room()
@@ -175,11 +157,11 @@ class Compositions:
             self._drop(self._made.pop(key))
 
     def _drop(self, composed: Composed) -> None:
-        self._in_background(self._free(composed))
+        self._background.run(self._free(composed))
 
     async def _free(self, composed: Composed) -> None:
         try:
             await self._engine.drop_adapter(composed.key)
         finally:
             for adapter, _ in composed.parts:
-                self._release(adapter)
+                self._versions.release(adapter)

@@ -15,9 +15,10 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from lorax_serve.errors import AdapterConflict, LoraxError
+from lorax_serve.errors import AdapterConflict, LoraxError, SourceFailed, SourceReason
+from lorax_serve.frontend.upload import Upload
 from lorax_serve.sources import FetchLimits, Source, WatchableSource
-from lorax_serve.store.catalog import Catalog, NameRecord
+from lorax_serve.store.catalog import Catalog, NameRecord, Unloaded
 from lorax_serve.store.content import ContentStore
 from lorax_serve.store.recovery import recover, remove_unreferenced
 
@@ -34,14 +35,15 @@ class Fetched(NamedTuple):
     """Content that is on this server's disk, whole and durable.
 
     Attributes:
-        digest: of the content.
+        digest: of the content; "" if that is not known.
         directory: where it is.
-        source, path, signature: where it came from, and how it is known there.
+        source, path, signature: where it came from, and how it is known there; the source is None
+            if it was uploaded.
     """
 
     digest: str
     directory: Path
-    source: str
+    source: str | None
     path: str
     signature: str
 
@@ -55,10 +57,15 @@ class Library:
         limits: of one fetch.
         history: earlier versions kept for each name.
 
+    Attributes:
+        keeps: whether what is loaded is kept, with its earlier versions.
+
     Raises:
         StoreFailed: the directory is in use, damaged, or cannot be written.
         Overloaded: the disk is full.
     """
+
+    keeps = True
 
     def __init__(
         self, state: Path, source: Source | None, limits: FetchLimits, history: int
@@ -108,7 +115,44 @@ class Library:
                 stack.close()
                 await self.clean([digest])
 
-    async def record(self, name: str, fetched: Fetched, weight: int) -> int:
+    @asynccontextmanager
+    async def receive(self, upload: Upload) -> AsyncIterator[Fetched]:
+        """Bring what a client sends onto this disk. It stays if it was recorded by the end of the
+        block.
+
+        Raises:
+            InvalidRequest: other bytes came than were announced.
+            AdapterRejected: their digest is another.
+            SourceFailed: they are too many, or did not come in time.
+            StoreFailed, Overloaded: the disk.
+        """
+        limits = self._limits
+        if upload.nbytes > limits.max_bytes:
+            raise SourceFailed(
+                SourceReason.TOO_LARGE,
+                f"the upload has {upload.nbytes} bytes, more than the limit of {limits.max_bytes} "
+                "(--max-adapter-bytes)",
+            )
+        with ExitStack() as stack:
+            stage = stack.enter_context(self._content.stage())
+            try:
+                async with asyncio.timeout(limits.seconds):
+                    await upload.write(
+                        stage.path, lambda file, data: self._run(lambda: file.write(data))
+                    )
+            except TimeoutError as error:
+                raise SourceFailed(
+                    SourceReason.TIMEOUT,
+                    f"the upload did not come within {limits.seconds:g} s (--fetch-seconds)",
+                ) from error
+            digest = await self._run(lambda: self._content.commit(stage, upload.digest))
+            try:
+                yield Fetched(digest, self._content.path(digest), None, "", "")
+            finally:
+                stack.close()
+                await self.clean([digest])
+
+    async def record(self, name: str, fetched: Fetched, weight: int, pinned: bool) -> int:
         """Have ``name`` mean this content from now on, also after a restart.
 
         Returns:
@@ -122,13 +166,33 @@ class Library:
                 path=fetched.path,
                 signature=fetched.signature,
                 weight=weight,
+                pinned=pinned,
             )
         )
         return recorded.sequence
 
+    async def record_origin(self, name: str, fetched: Fetched) -> None:
+        """Remember where the content that ``name`` has already was found, and how it is known
+        there: so that it is not fetched again until it changes."""
+        await self._run(
+            lambda: self._catalog.set_origin(name, fetched.source, fetched.path, fetched.signature)
+        )
+
     async def set_weight(self, name: str, weight: int) -> None:
         """Change the share of a name."""
         await self._run(lambda: self._catalog.set_weight(name, weight))
+
+    async def set_pinned(self, name: str, pinned: bool) -> None:
+        """Change whether a name is pinned."""
+        await self._run(lambda: self._catalog.set_pinned(name, pinned))
+
+    async def unloaded(self) -> list[Unloaded]:
+        """What was unloaded and not loaded again since."""
+        return await self._run(self._catalog.unloaded)
+
+    async def set_unloaded(self, name: str, source: str, signature: str) -> None:
+        """Note what a source has of a name that was unloaded."""
+        await self._run(lambda: self._catalog.set_unloaded(name, source, signature))
 
     async def forget(self, name: str) -> None:
         """Have ``name`` mean nothing. Its content stays until it is ``clean``ed."""
@@ -143,12 +207,15 @@ class Library:
         """
         return await self._run(lambda: self._catalog.roll_back(name, digest))
 
-    async def clean(self, digests: Iterable[str]) -> None:
-        """Delete content that no name and no history refers to."""
+    async def clean(self, digests: Iterable[str]) -> int:
+        """Delete content that no name and no history refers to; returns its bytes."""
         try:
-            await self._run(lambda: remove_unreferenced(self._content, self._catalog, digests))
+            return await self._run(
+                lambda: remove_unreferenced(self._content, self._catalog, digests)
+            )
         except LoraxError as error:  # it is found again at the next start
             log.warning("content cannot be deleted: %s", error)
+            return 0
 
     async def names(self) -> list[NameRecord]:
         """What was recorded."""

@@ -2,8 +2,10 @@
 
 The catalogue is the manifest: what was acknowledged is served, after each start, until it is
 unloaded. What the source has anew or changed is loaded. What disappears from the source stays: an
-unmounted disk or a slip in a bucket must take nobody's adapter away. What fails is tried again,
-after twice as long each time; what was refused, when its files change.
+unmounted disk or a slip in a bucket must take nobody's adapter away. What somebody decided stands:
+a name that was uploaded, loaded from another path, or rolled back is left alone, and what was
+unloaded comes back when it changes. What fails is tried again, after twice as long each time; what
+was refused, when its files change.
 """
 
 from __future__ import annotations
@@ -75,6 +77,8 @@ class Reconciler:
         for name in self.failures.keys() - records.keys() - listing.keys():
             del self.failures[name]  # it is neither recorded nor in the source any more
         changed = self._new_in(listing, records)
+        for name in await self._unloaded(changed):
+            del changed[name]
         last_word = time.monotonic()
         for done, (name, signature) in enumerate(changed.items()):
             if time.monotonic() - last_word > _PROGRESS_SECONDS:
@@ -119,12 +123,28 @@ class Reconciler:
         changed = {}
         for path, signature in sorted(listing.items()):
             record = records.get(path)
-            known = record and source and (record.source, record.path) == (source.uri, path)
-            if known and record and record.signature == signature:
-                continue
+            if record is not None and source is not None:
+                elsewhere = record.source is None or record.path != path
+                known = (record.source, record.signature) == (source.uri, signature)
+                if elsewhere or known:
+                    continue
             if self._refused.get(path) != signature:
                 changed[path] = signature
         return changed
+
+    async def _unloaded(self, changed: dict[str, str]) -> list[str]:
+        """Those that were unloaded, and are in the source as they were then."""
+        source = self._library.source
+        found = []
+        for name, where, signature in await self._library.unloaded() if source and changed else ():
+            if name not in changed:
+                continue
+            if signature is None and source is not None:
+                await self._library.set_unloaded(name, source.uri, changed[name])
+            elif (where, signature) != (source and source.uri, changed[name]):
+                continue
+            found.append(name)
+        return found
 
     async def _try(
         self, name: str, work: Callable[[], Awaitable[object]], signature: str = ""

@@ -1,81 +1,48 @@
-"""Names of adapters: which version answers to a name, and who still uses which version.
+"""The adapters of a server: which version answers to a name, and who still uses which version.
 
 A version is content under a name; its identity is the content's digest, and its number is the
 load's sequence number. A request names an adapter, or one of its versions (``name@digest``), and
 pins it when it is admitted. Loading a name again makes it mean the new version at once, and rolling
-back makes it mean an earlier one again. With a library, earlier versions stay within reach; without
-one, the old version is freed with its last request. All methods run on the event loop's thread.
+back makes it mean an earlier one again. Where nothing keeps earlier versions, the old one is freed
+with its last request. All methods run on the event loop's thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from contextlib import AsyncExitStack, suppress
+from typing import Any
 
-from lorax_serve.core import AdapterInfo, AdapterScale, Part
+from lorax_serve.core import AdapterScale, AdapterTier, Freed
 from lorax_serve.errors import (
     AdapterConflict,
     AdapterNotFound,
-    AdapterRejected,
     InvalidRequest,
     LoraxError,
-    RejectReason,
     SourceFailed,
     SourceReason,
 )
+from lorax_serve.frontend.background import Background
 from lorax_serve.frontend.backoff import Backoff
 from lorax_serve.frontend.compositions import Composed, Compositions
+from lorax_serve.frontend.events import RegistryListener
+from lorax_serve.frontend.in_place import InPlace
 from lorax_serve.frontend.library import Fetched, Library
+from lorax_serve.frontend.names import Names, check_digest, check_name, is_name, split_name
+from lorax_serve.frontend.upload import Upload
 from lorax_serve.frontend.version import Adapter, AdapterState
+from lorax_serve.frontend.versions import AdapterEngine, Versions
 from lorax_serve.report import LoadReport
 from lorax_serve.store.catalog import NameRecord
 
-__all__ = ["Adapter", "AdapterLoader", "AdapterRegistry", "AdapterState", "RegistryListener"]
+__all__ = ["AdapterRegistry"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_DIGEST = re.compile(r"[0-9a-f]{12,64}")
-
-_T = TypeVar("_T")
-
-_PROGRESS_SECONDS = 5.0
 _MAX_WEIGHT = 100
 
 log = logging.getLogger(__name__)
-
-
-class AdapterLoader(Protocol):
-    """What the registry needs of the engine."""
-
-    async def load_adapter(self, version: int, path: str) -> AdapterInfo:
-        """Read and check an adapter, which is ``version`` from then on."""
-
-    async def inspect_adapter(self, path: str) -> LoadReport:
-        """Say what a load would find."""
-
-    async def compose_adapter(self, version: int, parts: tuple[Part, ...]) -> AdapterInfo:
-        """Add several adapters up, which are ``version`` from then on."""
-
-    async def drop_adapter(self, version: int) -> int:
-        """Free a version; returns its bytes."""
-
-
-class RegistryListener:
-    """Told of loads, unloads and refusals; this one ignores them (metrics override it)."""
-
-    def loaded(self, adapter: Adapter) -> None:
-        """A version is ready."""
-
-    def rejected(self, name: str, reason: str) -> None:
-        """A load failed for ``reason``."""
-
-    def unloaded(self, adapter: Adapter) -> None:
-        """A version's memory is free."""
 
 
 class AdapterRegistry:
@@ -83,43 +50,35 @@ class AdapterRegistry:
 
     Args:
         engine: loads and frees the weights.
-        root: without a library, the only directory that adapters are read from; None refuses all
-            loads.
-        listener: told of every change.
-        library: keeps what is loaded, and its earlier versions, on this server's disk.
+        library: where adapters come from, and what keeps them on this server's disk.
+        listeners: told of every change.
         history: how many earlier versions of a name stay loaded.
         on_demand: whether a request loads what it names from the library's source.
     """
 
     def __init__(
         self,
-        engine: AdapterLoader,
-        root: Path | None,
-        listener: RegistryListener | None = None,
-        library: Library | None = None,
+        engine: AdapterEngine,
+        library: Library | InPlace,
+        listeners: Sequence[RegistryListener] = (),
         *,
         history: int = 0,
         on_demand: bool = False,
     ) -> None:
         self._engine = engine
         self._library = library
-        self._history = history if library is not None else 0
-        self._on_demand = on_demand and library is not None
-        self._root = root.resolve() if root is not None else None
-        self._listener = listener or RegistryListener()
-        self._by_name: dict[str, Adapter] = {}
-        self._earlier: dict[str, dict[str, Adapter]] = {}
-        """Superseded versions by name and digest, the oldest first."""
-        self._draining: dict[int, Adapter] = {}
-        self._background: set[asyncio.Task[Any]] = set()
+        self._on_demand = on_demand and library.keeps
+        self._names = names = Names(history if library.keeps else 0)
+        self._background = background = Background()
+        self._versions = versions = Versions(engine, library, names, background, listeners)
         self._loading: set[str] = set()
         self._wanted: dict[str, asyncio.Task[Adapter]] = {}
         """Loads that requests wait for."""
         self._backoff = Backoff()
-        self._last_key = 0
-        self._compositions = Compositions(
-            engine, self._next_key, _hold, self.release, self._in_background
-        )
+        self._compositions = Compositions(engine, versions, background)
+        versions.on_retired = self._compositions.leave
+
+    # Requests
 
     def acquire(self, name: str) -> Adapter:
         """Pin the version that ``name`` means now, or that ``name@digest`` is; ``release`` it when
@@ -129,12 +88,12 @@ class AdapterRegistry:
             AdapterNotFound: naming what is loaded.
             InvalidRequest: what follows the ``@`` is no digest.
         """
-        adapter = self._find(*_split(name))
+        adapter = self._names.find(*split_name(name))
         if adapter is None:
-            raise AdapterNotFound(f"adapter_id {name!r} is not loaded; {self._known()}")
+            raise AdapterNotFound(f"adapter_id {name!r} is not loaded; {self._names}")
         adapter.requests += 1
         adapter.last_used = time.time()
-        _hold(adapter)
+        self._versions.hold(adapter)
         return adapter
 
     async def admit(self, name: str) -> Adapter:
@@ -146,24 +105,14 @@ class AdapterRegistry:
         """
         with suppress(AdapterNotFound):
             return self.acquire(name)
-        if self._library is not None:
-            base, digest = _split(name)
-            if digest is None and self._on_demand and _NAME.fullmatch(base):
-                await self._together(base, lambda: self._load_on_demand(base))
-            elif digest is not None and base in self._by_name:
-                found = await self._earlier_digest(base, digest)
-                if found is not None:
-                    await self._together(f"{base}@{found}", lambda: self._reload(base, found))
+        base, digest = split_name(name)
+        if digest is None and self._on_demand and is_name(base):
+            await self._together(base, lambda: self._load_on_demand(base))
+        elif digest is not None and base in self._names:
+            found = await self._earlier_digest(base, digest)
+            if found is not None:
+                await self._together(f"{base}@{found}", lambda: self._reload(base, found))
         return self.acquire(name)
-
-    def release(self, adapter: Adapter) -> None:
-        """Undo one ``acquire``."""
-        assert adapter.references > 0, f"{adapter.name} was released too often"
-        adapter.references -= 1
-        if adapter.references == 0:
-            adapter.unused.set()
-        if isinstance(adapter, Composed):
-            self._compositions.released(adapter)
 
     async def admit_together(self, named: Sequence[AdapterScale]) -> Adapter:
         """Pin several adapters, added up with their scales, as one; ``release`` it as any other.
@@ -182,24 +131,46 @@ class AdapterRegistry:
             for adapter, _ in parts:
                 self.release(adapter)
 
+    def release(self, adapter: Adapter) -> None:
+        """Undo one ``acquire``."""
+        if isinstance(adapter, Composed):
+            self._compositions.release(adapter)
+        else:
+            self._versions.release(adapter)
+
+    # Administration
+
     def adapters(self) -> list[Adapter]:
         """All loaded versions, by name, those that drain included."""
-        earlier = [adapter for found in self._earlier.values() for adapter in found.values()]
-        everyone = [*self._by_name.values(), *earlier, *self._draining.values()]
-        return sorted(everyone, key=lambda adapter: (adapter.name, adapter.version))
+        return sorted(self._versions, key=lambda adapter: (adapter.name, adapter.version))
 
-    async def load(self, name: str, path: str | None = None, weight: int | None = None) -> Adapter:
+    async def tiers(self) -> dict[int, AdapterTier]:
+        """Where the versions' weights are, by key."""
+        return await self._engine.find_adapters()
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether ``name`` means a version now."""
+        return name in self._names
+
+    async def load(
+        self,
+        name: str,
+        path: str | None = None,
+        weight: int | None = None,
+        pinned: bool | None = None,
+    ) -> Adapter:
         """Load the adapter at ``path`` (in the root or source; default ``name``) under ``name``.
 
-        Loading the content that ``name`` already has changes its weight at most; anything else
-        replaces it for new requests. (Without a library, content must come from where it came from
-        to be the same: it is read from there again.) The load goes on even if this call is
-        cancelled. With a library, what this returns is still there after a restart.
+        Loading the content that ``name`` already has changes its weight and pin at most; anything
+        else replaces it for new requests. (Where nothing is kept, content must come from where it
+        came from to be the same: it is read from there again.) The load goes on even if this call
+        is cancelled. With a state directory, what this returns is still there after a restart.
 
         Args:
             name: what requests will call it.
             path: its directory.
             weight: its share of a busy server, in [1, 100]; None keeps what the name had.
+            pinned: whether its weights never leave host memory; None keeps what the name had.
 
         Raises:
             InvalidRequest: the name, the path or the weight is malformed, or the path leaves the
@@ -207,13 +178,62 @@ class AdapterRegistry:
             AdapterConflict: the name is being loaded already, or there is no place to load from.
             SourceFailed: the source did not give it.
             AdapterRejected: the files cannot be applied exactly; what was loaded before stays.
-            Overloaded: the adapter alone is larger than the memory for adapters.
+            Overloaded: the adapter is larger than the memory for adapters beside pinned ones.
         """
-        self._check_free(name)
-        if weight is not None and not 1 <= weight <= _MAX_WEIGHT:
-            raise InvalidRequest(f"weight must be in [1, {_MAX_WEIGHT}], found {weight}")
-        self._loading.add(name)
-        return await asyncio.shield(self._in_background(self._load(name, path, weight)))
+        _check_weight(weight)
+        self._begin(name)
+        return await asyncio.shield(self._background.run(self._load(name, path, weight, pinned)))
+
+    async def upload(
+        self, name: str, upload: Upload, weight: int | None = None, pinned: bool | None = None
+    ) -> Adapter:
+        """Load what a client sends under ``name``; the rest is as ``load``.
+
+        If this call is cancelled before all has come, nothing is left of it.
+
+        Raises:
+            LoraxError: as ``load``; AdapterRejected also if the bytes have another digest.
+        """
+        _check_weight(weight)
+        self._begin(name)
+        try:
+            with self._versions.telling(name):
+                check_name(name)
+                async with AsyncExitStack() as stack:
+                    fetched = await stack.enter_async_context(self._library.receive(upload))
+                    received = stack.pop_all()
+        except BaseException:
+            self._loading.discard(name)
+            raise
+        return await asyncio.shield(
+            self._background.run(self._take(name, received, fetched, weight, pinned))
+        )
+
+    async def inspect(self, name: str, path: str | None = None) -> LoadReport:
+        """What ``load`` would find; nothing is loaded, and a refusal is a report.
+
+        Raises:
+            LoraxError: as ``load``, where no adapter was found to look at.
+        """
+        check_name(name)
+        async with self._library.fetch(path or name) as fetched:
+            return await self._engine.inspect_adapter(str(fetched.directory))
+
+    async def update(
+        self, name: str, weight: int | None = None, pinned: bool | None = None
+    ) -> Adapter:
+        """Change the weight or the pin of what ``name`` means; None leaves it as it is.
+
+        Raises:
+            AdapterNotFound: naming what is loaded.
+            AdapterConflict: the name is being loaded.
+            InvalidRequest: the weight is out of range.
+            Overloaded: pinning it would leave others no room.
+        """
+        _check_weight(weight)
+        adapter = self._loaded(name)
+        self._begin(name)
+        return await asyncio.shield(self._background.run(self._update(adapter, weight, pinned)))
 
     async def roll_back(self, name: str, digest: str | None = None) -> Adapter:
         """Make ``name`` mean an earlier version again: the last one, or that with this digest.
@@ -227,87 +247,113 @@ class AdapterRegistry:
                 earlier versions.
             InvalidRequest: the digest is none.
         """
-        if name not in self._by_name:
-            raise AdapterNotFound(f"adapter {name!r} is not loaded; {self._known()}")
-        if self._library is None:
+        self._loaded(name)
+        if isinstance(self._library, InPlace):
             raise AdapterConflict(
                 "this server keeps no earlier versions: start it with --state DIR to roll back"
             )
-        if digest is not None and not _DIGEST.fullmatch(digest):
-            raise InvalidRequest(f"digest {digest[:80]!r} must be 12 to 64 hexadecimal digits")
-        self._check_free(name)
-        self._loading.add(name)
-        return await asyncio.shield(self._in_background(self._roll_back(name, digest)))
+        if digest is not None:
+            check_digest(digest)
+        self._begin(name)
+        return await asyncio.shield(
+            self._background.run(self._roll_back(self._library, name, digest))
+        )
 
-    async def _roll_back(self, name: str, digest: str | None) -> Adapter:
-        assert self._library is not None
+    async def unload(self, name: str) -> Freed:
+        """Take ``name`` away at once, wait for its last request, free it; returns the bytes.
+
+        The unload goes on even if this call is cancelled.
+
+        Raises:
+            AdapterNotFound: naming what is loaded.
+            AdapterConflict: the name is being loaded.
+        """
+        self._loaded(name)
+        self._begin(name)
+        draining = await asyncio.shield(self._background.run(self._unload(name)))
+        freed = Freed()
+        for each in await asyncio.shield(asyncio.gather(*draining)):
+            freed = freed.plus(each)
+        return freed
+
+    async def restore(self, record: NameRecord) -> None:
+        """Serve what was recorded before the server stopped.
+
+        Raises:
+            AdapterConflict: the name is being loaded.
+            StoreFailed: its content is not whole.
+            LoraxError: as ``load``.
+        """
+        assert isinstance(self._library, Library)
+        self._begin(record.name)
         try:
-            target = await self._earlier_digest(name, digest)
-            if target is None:
-                known = ", ".join(each[:12] for each in await self._library.history(name))
-                what = "no earlier version" if digest is None else f"no earlier version {digest}"
-                raise AdapterConflict(f"adapter {name!r} has {what}; it has: {known or 'none'}")
-            if target not in self._earlier.get(name, {}):
-                await self._reload(name, target)
-            record = await self._library.roll_back(name, target)
+            with self._versions.telling(record.name):
+                key, directory = self._versions.next_key(), self._library.directory(record.digest)
+                info = await self._engine.load_adapter(key, str(directory))
+            adapter = Adapter(record.name, record.sequence, info, directory, key, record.weight)
+            if record.pinned:
+                try:
+                    await self._engine.pin_adapter(key)
+                    adapter.pinned = True
+                except LoraxError as error:  # it is served all the same
+                    log.error("adapter %s is not pinned any more: %s", record.name, error)
+            self._versions.flip(adapter)
         finally:
-            self._loading.discard(name)
-        adapter = self._earlier[name].pop(target)
-        adapter.version, adapter.weight = record.sequence, record.weight
-        adapter.state = AdapterState.READY
-        self._flip(adapter)
-        return adapter
+            self._loading.discard(record.name)
 
-    async def _load(self, name: str, path: str | None, weight: int | None) -> Adapter:
-        try:
-            _check_name(name)
-            if self._library is None:
-                return await self._load_in_place(name, self._locate(path or name), weight)
-            async with self._library.fetch(path or name) as fetched:
-                return await self._load_fetched(self._library, name, fetched, weight)
-        except (AdapterRejected, SourceFailed) as error:
-            self._listener.rejected(name, error.reason)
-            raise
-        except LoraxError as error:
-            self._listener.rejected(name, type(error).__name__)
-            raise
-        finally:
-            self._loading.discard(name)
+    # What goes on in the background, whatever becomes of the caller
 
-    async def _load_in_place(self, name: str, directory: Path, weight: int | None) -> Adapter:
-        key = self._next_key()
-        info = await self._engine.load_adapter(key, str(directory))
-        current = self._by_name.get(name)
-        # The same content from elsewhere is a new version: the old directory may not be there any
-        # more when its weights have to be read again.
-        if current is not None and (current.info.digest, current.path) == (info.digest, directory):
-            await self._engine.drop_adapter(key)
-            current.weight = weight or current.weight
-            return current
-        adapter = Adapter(name, key, info, directory, key)
-        adapter.weight = weight or (1 if current is None else current.weight)
-        self._flip(adapter)
-        return adapter
-
-    async def _load_fetched(
-        self, library: Library, name: str, fetched: Fetched, weight: int | None
+    async def _load(
+        self, name: str, path: str | None, weight: int | None, pinned: bool | None
     ) -> Adapter:
-        current = self._by_name.get(name)
-        if current is not None and current.info.digest == fetched.digest:
-            if weight not in (None, current.weight):
-                await library.set_weight(name, weight or current.weight)
-            current.weight = weight or current.weight
-            return current
-        key = self._next_key()
-        info = await self._engine.load_adapter(key, str(fetched.directory))
-        weight = weight or (1 if current is None else current.weight)
         try:
-            version = await library.record(name, fetched, weight)
+            with self._versions.telling(name):
+                check_name(name)
+                async with self._library.fetch(path or name) as fetched:
+                    return await self._bring_in(name, fetched, weight, pinned)
+        finally:
+            self._loading.discard(name)
+
+    async def _take(
+        self,
+        name: str,
+        received: AsyncExitStack,
+        fetched: Fetched,
+        weight: int | None,
+        pinned: bool | None,
+    ) -> Adapter:
+        try:
+            with self._versions.telling(name):
+                async with received:
+                    return await self._bring_in(name, fetched, weight, pinned)
+        finally:
+            self._loading.discard(name)
+
+    async def _bring_in(
+        self, name: str, fetched: Fetched, weight: int | None, pinned: bool | None
+    ) -> Adapter:
+        current = self._names.get(name)
+        if current is not None and current.info.digest == fetched.digest:
+            await self._library.record_origin(name, fetched)
+            return await self._set(current, weight, pinned)
+        key = self._versions.next_key()
+        info = await self._engine.load_adapter(key, str(fetched.directory))
+        same = (info.digest, fetched.directory)
+        if current is not None and (current.info.digest, current.path) == same:
+            await self._engine.drop_adapter(key)
+            return await self._set(current, weight, pinned)
+        adapter = Adapter(name, 0, info, fetched.directory, key)
+        adapter.weight = weight or (1 if current is None else current.weight)
+        adapter.pinned = current is not None and current.pinned if pinned is None else pinned
+        try:
+            await self._pin(adapter, current)
+            adapter.version = await self._library.record(
+                name, fetched, adapter.weight, adapter.pinned
+            )
         except BaseException:
             await self._engine.drop_adapter(key)
             raise
-        adapter = Adapter(name, version, info, fetched.directory, key, weight)
-        self._flip(adapter)
+        self._versions.flip(adapter)
         return adapter
 
     async def _load_on_demand(self, name: str) -> Adapter:
@@ -323,24 +369,75 @@ class AdapterRegistry:
         self._backoff.succeeded(name)
         return adapter
 
+    async def _update(self, adapter: Adapter, weight: int | None, pinned: bool | None) -> Adapter:
+        try:
+            return await self._set(adapter, weight, pinned)
+        finally:
+            self._loading.discard(adapter.name)
+
+    async def _set(self, adapter: Adapter, weight: int | None, pinned: bool | None) -> Adapter:
+        changed = False
+        if pinned is not None and pinned != adapter.pinned:
+            if pinned:
+                await self._engine.pin_adapter(adapter.key)
+            try:
+                await self._library.set_pinned(adapter.name, pinned)
+            except BaseException:
+                if pinned:
+                    await self._engine.unpin_adapter(adapter.key)
+                raise
+            if not pinned:
+                await self._engine.unpin_adapter(adapter.key)
+            adapter.pinned = changed = pinned
+            changed = True
+        if weight is not None and weight != adapter.weight:
+            await self._library.set_weight(adapter.name, weight)
+            adapter.weight = weight
+            changed = True
+        if changed:
+            self._versions.tell_changed(adapter)
+        return adapter
+
+    async def _pin(self, adapter: Adapter, before: Adapter | None) -> None:
+        """Pin a version that is to be, if its name says so."""
+        if adapter.pinned:
+            instead = before.key if before is not None and before.pinned else None
+            await self._engine.pin_adapter(adapter.key, instead)
+
+    async def _roll_back(self, library: Library, name: str, digest: str | None) -> Adapter:
+        try:
+            target = await self._earlier_digest(name, digest)
+            if target is None:
+                known = ", ".join(each[:12] for each in await library.history(name))
+                what = "no earlier version" if digest is None else f"no earlier version {digest}"
+                raise AdapterConflict(f"adapter {name!r} has {what}; it has: {known or 'none'}")
+            adapter = self._names.earlier(name, target) or await self._reload(name, target)
+            current = self._names.get(name)
+            adapter.pinned = current is not None and current.pinned
+            await self._pin(adapter, current)
+            record = await library.roll_back(name, target)
+            adapter.version, adapter.weight = record.sequence, record.weight
+            self._versions.flip(adapter)
+            return adapter
+        finally:
+            self._loading.discard(name)
+
     async def _reload(self, name: str, digest: str) -> Adapter:
         """Load an earlier version from this server's disk, as ``name@digest``."""
-        assert self._library is not None
-        directory, key = self._library.directory(digest), self._next_key()
+        assert isinstance(self._library, Library)
+        directory, key = self._library.directory(digest), self._versions.next_key()
         info = await self._engine.load_adapter(key, str(directory))
         adapter = Adapter(name, 0, info, directory, key, state=AdapterState.SUPERSEDED)
-        adapter.unused.set()
-        if name not in self._by_name or self._by_name[name].info.digest == digest:
+        adapter.version = await self._library.sequence_of(name, digest)
+        current = self._names.get(name)
+        if current is None or current.info.digest == digest:
             await self._engine.drop_adapter(key)  # it was unloaded or rolled back meanwhile
             raise AdapterConflict(f"adapter {name!r} was changed by another call; try again")
-        adapter.version = await self._library.sequence_of(name, digest)
-        self._earlier.setdefault(name, {})[digest] = adapter
-        self._listener.loaded(adapter)
+        self._versions.add_earlier(adapter)
         return adapter
 
     async def _earlier_digest(self, name: str, digest: str | None) -> str | None:
         """The whole digest of an earlier version that begins with ``digest``; the last, if None."""
-        assert self._library is not None
         history = await self._library.history(name)
         return next((each for each in history if each.startswith(digest or "")), None)
 
@@ -348,200 +445,30 @@ class AdapterRegistry:
         """Load once for all requests that wait for it."""
         task = self._wanted.get(what)
         if task is None:
-            task = self._wanted[what] = self._in_background(load())
+            task = self._wanted[what] = self._background.run(load())
             task.add_done_callback(lambda done: self._wanted.pop(what, None))
         await asyncio.shield(task)
 
-    def _flip(self, adapter: Adapter) -> None:
-        """Let the name mean this version from now on."""
-        current = self._by_name.get(adapter.name)
-        if adapter.references == 0:
-            adapter.unused.set()
-        self._by_name[adapter.name] = adapter
-        earlier = self._earlier.setdefault(adapter.name, {})
-        twin = earlier.pop(adapter.info.digest, None)
-        if twin is not None:
-            self._retire(twin)
-        if current is not None:
-            current.state = AdapterState.SUPERSEDED
-            earlier[current.info.digest] = current
-        while len(earlier) > self._history:
-            self._retire(earlier.pop(next(iter(earlier))))
-        if not earlier:
-            del self._earlier[adapter.name]
-        log.info(
-            "adapter %s loaded: version %d, digest %.12s",
-            adapter.name,
-            adapter.version,
-            adapter.info.digest,
-        )
-        self._listener.loaded(adapter)
-
-    async def inspect(self, name: str, path: str | None = None) -> LoadReport:
-        """What ``load`` would find; nothing is loaded, and a refusal is a report.
-
-        Raises:
-            LoraxError: as ``load``, where no adapter was found to look at.
-        """
-        _check_name(name)
-        if self._library is None:
-            return await self._engine.inspect_adapter(str(self._locate(path or name)))
-        async with self._library.fetch(path or name) as fetched:
-            return await self._engine.inspect_adapter(str(fetched.directory))
-
-    async def unload(self, name: str) -> int:
-        """Take ``name`` away at once, wait for its last request, free it; returns the bytes.
-
-        The unload goes on even if this call is cancelled.
-
-        Raises:
-            AdapterNotFound: naming what is loaded.
-        """
-        if name not in self._by_name:
-            raise AdapterNotFound(f"adapter {name!r} is not loaded; {self._known()}")
-        if self._library is not None:
-            self._check_free(name)
-            self._loading.add(name)
-            try:
-                await asyncio.shield(self._in_background(self._library.forget(name)))
-            finally:
-                self._loading.discard(name)
-        versions = [self._by_name.pop(name), *self._earlier.pop(name, {}).values()]
-        draining = [self._retire(adapter) for adapter in versions]
-        return sum(await asyncio.shield(asyncio.gather(*draining)))
-
-    async def load_all(self) -> dict[str, LoraxError]:
-        """Load every adapter directory in the root; returns the refusals by name. With a library,
-        that is the reconciler's work."""
-        failures: dict[str, LoraxError] = {}
-        if self._root is None:
-            return failures
-        directories = [
-            each for each in sorted(self._root.iterdir()) if (each / "adapter_config.json").exists()
-        ]
-        last_word = time.monotonic()
-        for done, directory in enumerate(directories):
-            if time.monotonic() - last_word > _PROGRESS_SECONDS:
-                last_word = time.monotonic()
-                log.info("%d of %d adapters loaded", done - len(failures), len(directories))
-            try:
-                await self.load(directory.name)
-            except LoraxError as error:
-                failures[directory.name] = error
-                log.error("adapter %s refused: %s", directory.name, error)
-        return failures
-
-    def is_loaded(self, name: str) -> bool:
-        """Whether ``name`` means a version now."""
-        return name in self._by_name
-
-    async def restore(self, record: NameRecord) -> None:
-        """Serve what was recorded before the server stopped.
-
-        Raises:
-            AdapterConflict: the name is being loaded.
-            StoreFailed: its content is not whole.
-            LoraxError: as ``load``.
-        """
-        assert self._library is not None
-        self._check_free(record.name)
-        self._loading.add(record.name)
+    async def _unload(self, name: str) -> list[asyncio.Task[Freed]]:
         try:
-            key, directory = self._next_key(), self._library.directory(record.digest)
-            info = await self._engine.load_adapter(key, str(directory))
+            await self._library.forget(name)
+            return [self._versions.retire(adapter) for adapter in self._names.remove(name)]
         finally:
-            self._loading.discard(record.name)
-        adapter = Adapter(record.name, record.sequence, info, directory, key, record.weight)
-        self._flip(adapter)
+            self._loading.discard(name)
 
-    def _retire(self, adapter: Adapter) -> asyncio.Task[int]:
-        adapter.state = AdapterState.DRAINING
-        self._draining[adapter.key] = adapter
-        self._compositions.leave(adapter)
-        return self._in_background(self._drain(adapter))
+    def _loaded(self, name: str) -> Adapter:
+        adapter = self._names.get(name)
+        if adapter is None:
+            raise AdapterNotFound(f"adapter {name!r} is not loaded; {self._names}")
+        return adapter
 
-    async def _drain(self, adapter: Adapter) -> int:
-        await adapter.unused.wait()
-        nbytes = await self._engine.drop_adapter(adapter.key)
-        del self._draining[adapter.key]
-        if self._library is not None:
-            await self._library.clean([adapter.info.digest])
-        log.info("adapter %s unloaded: version %d", adapter.name, adapter.version)
-        self._listener.unloaded(adapter)
-        return nbytes
-
-    def _in_background(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-        """Run ``work`` to its end, whatever becomes of the caller."""
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        # A caller that went away leaves nobody to retrieve the error: it was logged or counted.
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return task
-
-    def _find(self, name: str, digest: str | None) -> Adapter | None:
-        current = self._by_name.get(name)
-        if digest is None or current is None:
-            return current
-        versions = [current, *self._earlier.get(name, {}).values()]
-        return next((each for each in versions if each.info.digest.startswith(digest)), None)
-
-    def _check_free(self, name: str) -> None:
+    def _begin(self, name: str) -> None:
+        """Keep other changes of the name away, until it is taken from ``_loading``."""
         if name in self._loading:
             raise AdapterConflict(f"adapter {name!r} is being loaded by another call")
-
-    def _next_key(self) -> int:
-        self._last_key += 1
-        return self._last_key
-
-    def _locate(self, wanted: str) -> Path:
-        if self._root is None:
-            raise AdapterConflict("this server loads no adapters: start it with --adapters DIR")
-        if "\0" in wanted:
-            raise InvalidRequest("path holds a NUL character")
-        try:
-            directory = (self._root / wanted).resolve()
-            is_directory = directory.is_dir()
-        except (OSError, RuntimeError) as error:  # too long, or links that lead round in a circle
-            raise AdapterRejected(
-                RejectReason.MISSING_FILE,
-                f"path {wanted[:140]!r} cannot be followed: a name is too long, or links go round",
-            ) from error
-        if not directory.is_relative_to(self._root):
-            raise InvalidRequest(f"path {wanted!r} leads outside the server's adapter directory")
-        if not is_directory:
-            raise AdapterRejected(
-                RejectReason.MISSING_FILE, f"no directory {wanted!r} in the adapter directory"
-            )
-        return directory
-
-    def _known(self) -> str:
-        names = sorted(self._by_name)
-        if not names:
-            return "no adapter is loaded"
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        return f"loaded: {', '.join(names[:8])}{more}"
+        self._loading.add(name)
 
 
-def _hold(adapter: Adapter) -> None:
-    adapter.references += 1
-    adapter.unused.clear()
-
-
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise InvalidRequest(
-            f"adapter_id {name[:140]!r} is not a valid name: letters, digits, '.', '_' and "
-            "'-', at most 128, the first a letter or digit"
-        )
-
-
-def _split(adapter_id: str) -> tuple[str, str | None]:
-    """``name`` or ``name@digest``."""
-    name, at, digest = adapter_id.partition("@")
-    if at and not _DIGEST.fullmatch(digest):
-        raise InvalidRequest(
-            f"adapter_id {adapter_id[:200]!r}: after '@' come 12 to 64 hexadecimal digits of a "
-            "version's digest"
-        )
-    return name, digest if at else None
+def _check_weight(weight: int | None) -> None:
+    if weight is not None and not 1 <= weight <= _MAX_WEIGHT:
+        raise InvalidRequest(f"weight must be in [1, {_MAX_WEIGHT}], found {weight}")

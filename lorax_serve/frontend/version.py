@@ -39,13 +39,18 @@ class Adapter:
     key: int = 0
     weight: int = 1
     """Its share of a busy server against others."""
+    pinned: bool = False
+    """Whether its weights never leave host memory."""
     state: AdapterState = AdapterState.READY
     references: int = 0
     requests: int = 0
     last_used: float = field(default_factory=time.time)
     """Unix time of the last admission, or of the load."""
     unused: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while no request holds it."""
+    """Set while nobody holds it."""
+
+    def __post_init__(self) -> None:
+        self.unused.set()
 
     @property
     def going(self) -> bool:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
+from lorax_serve.errors import InvalidRequest
+from lorax_serve.frontend.events import AdapterWatchers
 from lorax_serve.frontend.registry import AdapterRegistry
+from lorax_serve.frontend.upload import Upload
 from lorax_serve.pb.lorax.v1 import adapter_pb2 as pb
 from lorax_serve.pb.lorax.v1 import adapter_pb2_grpc
 from lorax_serve.server import convert
@@ -18,36 +22,95 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):  # type: ignore[
 
     Attributes:
         registry: set by the server before it lets calls through.
+        watchers: the calls that watch; a listener of the registry.
     """
 
     registry: AdapterRegistry
 
+    def __init__(self) -> None:
+        self.watchers = AdapterWatchers()
+
     async def LoadAdapter(self, request: Any, context: Any) -> Any:
         """Load or replace; answer with what the name means now."""
-        path = request.path if request.HasField("path") else None
-        weight = request.weight if request.HasField("weight") else None
-        adapter = await self.registry.load(request.adapter_id, path, weight)
+        adapter = await self.registry.load(
+            request.adapter_id,
+            _optional(request, "path"),
+            _optional(request, "weight"),
+            _optional(request, "pinned"),
+        )
         return pb.LoadAdapterResponse(
             adapter=convert.adapter_message(adapter), report=report_message(adapter.info.report)
         )
 
+    async def UploadAdapter(self, requests: AsyncIterator[Any], context: Any) -> Any:
+        """Take the files, and load them as LoadAdapter does."""
+        messages = aiter(requests)
+        first = await anext(messages, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidRequest("header is missing: it must be in the first message")
+        header = first.header
+        upload = Upload(
+            header.digest, header.config_bytes, header.weights_bytes, _data_of(messages)
+        )
+        adapter = await self.registry.upload(
+            header.adapter_id, upload, _optional(header, "weight"), _optional(header, "pinned")
+        )
+        return pb.UploadAdapterResponse(
+            adapter=convert.adapter_message(adapter), report=report_message(adapter.info.report)
+        )
+
+    async def UpdateAdapter(self, request: Any, context: Any) -> Any:
+        """Change the weight or the pin."""
+        adapter = await self.registry.update(
+            request.adapter_id, _optional(request, "weight"), _optional(request, "pinned")
+        )
+        return pb.UpdateAdapterResponse(adapter=convert.adapter_message(adapter))
+
     async def InspectAdapter(self, request: Any, context: Any) -> Any:
         """Say what a load would find."""
-        path = request.path if request.HasField("path") else None
-        report = await self.registry.inspect(request.adapter_id, path)
+        report = await self.registry.inspect(request.adapter_id, _optional(request, "path"))
         return pb.InspectAdapterResponse(report=report_message(report))
 
     async def UnloadAdapter(self, request: Any, context: Any) -> Any:
         """Take the name away, wait for its last request, answer with the bytes freed."""
-        return pb.UnloadAdapterResponse(freed_bytes=await self.registry.unload(request.adapter_id))
+        freed = await self.registry.unload(request.adapter_id)
+        return pb.UnloadAdapterResponse(
+            freed_bytes=freed.host + freed.device,
+            host_bytes=freed.host,
+            device_bytes=freed.device,
+            disk_bytes=freed.disk,
+        )
 
     async def RollbackAdapter(self, request: Any, context: Any) -> Any:
         """Make the name mean an earlier version again; answer with that."""
-        digest = request.digest if request.HasField("digest") else None
+        digest = _optional(request, "digest")
         adapter = await self.registry.roll_back(request.adapter_id, digest)
         return pb.RollbackAdapterResponse(adapter=convert.adapter_message(adapter))
 
     async def ListAdapters(self, request: Any, context: Any) -> Any:
         """All versions in memory."""
-        adapters = [convert.adapter_message(adapter) for adapter in self.registry.adapters()]
-        return pb.ListAdaptersResponse(adapters=adapters)
+        tiers = await self.registry.tiers()
+        return pb.ListAdaptersResponse(
+            adapters=[
+                convert.adapter_message(adapter, tiers.get(adapter.key))
+                for adapter in self.registry.adapters()
+            ]
+        )
+
+    async def WatchAdapters(self, request: Any, context: Any) -> None:
+        """Send what is there, then every change."""
+        events = self.watchers.watch(self.registry.adapters(), _optional(request, "adapter_id"))
+        async for event in events:
+            await context.write(convert.event_message(event))
+
+
+async def _data_of(messages: AsyncIterator[Any]) -> AsyncIterator[bytes]:
+    async for message in messages:
+        if message.WhichOneof("part") != "data":
+            raise InvalidRequest("data is missing: messages after the header have data only")
+        yield message.data
+
+
+def _optional(message: Any, field: str) -> Any:
+    """The field's value, None if it is absent."""
+    return getattr(message, field) if message.HasField(field) else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from lorax_serve.core import EngineStats, ModelInfo
 from lorax_serve.errors import InvalidRequest, LoraxError
 from lorax_serve.frontend.async_engine import AsyncEngine
 from lorax_serve.frontend.generator import TextGenerator
+from lorax_serve.frontend.in_place import InPlace
 from lorax_serve.frontend.library import Library
 from lorax_serve.frontend.reconciler import Reconciler
 from lorax_serve.frontend.registry import AdapterRegistry
@@ -46,6 +48,7 @@ SERVICES = tuple(
 
 # For the last messages of streams that have ended to reach their clients.
 _LAST_WRITES_SECONDS = 2.0
+_PROGRESS_SECONDS = 5.0
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", 4 << 20),
@@ -135,6 +138,7 @@ class Server:
     async def stop(self) -> None:
         """Refuse new requests, wait for those that run up to ``drain_seconds``, then stop."""
         await self._health.enter_graceful_shutdown()
+        self._adapters.watchers.close()
         if not await self._generator.drain(self._config.drain_seconds):
             log.warning("requests still ran after %g s", self._config.drain_seconds)
             await self._grpc.stop(None)  # which cancels them
@@ -186,11 +190,11 @@ class Server:
         self._watch(engine)
         self.metrics.stats = engine.stats
         engine.on_step = self.metrics.step
+        files = InPlace(root) if library is None else library
         registry = AdapterRegistry(
             engine,
-            root,
-            self.metrics,
-            library,
+            files,
+            (self.metrics, self._adapters.watchers),
             history=self._config.adapter_history,
             on_demand=self._config.load_on_demand,
         )
@@ -198,10 +202,10 @@ class Server:
         self._generator = TextGenerator(engine, registry, tokenizer, self.metrics)
         self._generation.generator = self._generator
         self._adapters.registry = registry
-        if library is None:
-            self.refused = await registry.load_all()
+        if isinstance(files, InPlace):
+            self.refused = await _load_all(registry, await files.listing())
         else:
-            await self._reconcile(registry, library)
+            await self._reconcile(registry, files)
 
     async def _reconcile(self, registry: AdapterRegistry, library: Library) -> None:
         """Serve what should be served, and go on seeing to that."""
@@ -246,3 +250,19 @@ class Server:
     async def _report_health(self, status: int) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
+
+
+async def _load_all(registry: AdapterRegistry, names: Sequence[str]) -> dict[str, LoraxError]:
+    """Load the adapters of these names; returns the refusals."""
+    failures: dict[str, LoraxError] = {}
+    last_word = time.monotonic()
+    for done, name in enumerate(names):
+        if time.monotonic() - last_word > _PROGRESS_SECONDS:
+            last_word = time.monotonic()
+            log.info("%d of %d adapters loaded", done - len(failures), len(names))
+        try:
+            await registry.load(name)
+        except LoraxError as error:
+            failures[name] = error
+            log.error("adapter %s refused: %s", name, error)
+    return failures

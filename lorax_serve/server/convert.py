@@ -10,18 +10,20 @@ from typing import Any
 
 from lorax_serve.core import (
     AdapterScale,
+    AdapterTier,
     ChatMessage,
     GenerateRequest,
     SamplingParams,
     StopParams,
     TokenOutput,
 )
-from lorax_serve.errors import InvalidRequest
+from lorax_serve.errors import AdapterRejected, InvalidRequest, SourceFailed
+from lorax_serve.frontend.events import AdapterEvent
 from lorax_serve.frontend.text import Tokenizer
 from lorax_serve.frontend.version import Adapter, AdapterState
 from lorax_serve.pb.lorax.v1 import adapter_pb2, generation_pb2
 
-__all__ = ["adapter_message", "generate_request", "prompt_of", "token_messages"]
+__all__ = ["adapter_message", "event_message", "generate_request", "prompt_of", "token_messages"]
 
 _MAX_NAME = 128
 
@@ -29,6 +31,12 @@ _STATES = {
     AdapterState.READY: adapter_pb2.ADAPTER_STATE_READY,
     AdapterState.SUPERSEDED: adapter_pb2.ADAPTER_STATE_SUPERSEDED,
     AdapterState.DRAINING: adapter_pb2.ADAPTER_STATE_DRAINING,
+}
+_TIERS = {
+    None: adapter_pb2.ADAPTER_TIER_UNSPECIFIED,
+    AdapterTier.DEVICE: adapter_pb2.ADAPTER_TIER_DEVICE,
+    AdapterTier.HOST: adapter_pb2.ADAPTER_TIER_HOST,
+    AdapterTier.DISK: adapter_pb2.ADAPTER_TIER_DISK,
 }
 
 
@@ -101,8 +109,8 @@ def token_messages(outputs: Iterable[TokenOutput], tokenizer: Tokenizer) -> Iter
         )
 
 
-def adapter_message(adapter: Adapter) -> Any:
-    """The ``Adapter`` message of a loaded version."""
+def adapter_message(adapter: Adapter, tier: AdapterTier | None = None) -> Any:
+    """The ``Adapter`` message of a loaded version, which is in ``tier`` if that is known."""
     message = adapter_pb2.Adapter(
         adapter_id=adapter.name,
         version=adapter.version,
@@ -114,8 +122,24 @@ def adapter_message(adapter: Adapter) -> Any:
         active_requests=adapter.references,
         total_requests=adapter.requests,
         weight=adapter.weight,
+        pinned=adapter.pinned,
+        tier=_TIERS[tier],
     )
     message.last_used.FromNanoseconds(int(adapter.last_used * 1e9))
+    return message
+
+
+def event_message(event: AdapterEvent) -> Any:
+    """The message of one change."""
+    message = adapter_pb2.WatchAdaptersResponse(
+        event=f"ADAPTER_EVENT_{event.kind.name}", adapter_id=event.name
+    )
+    if event.adapter is not None:
+        message.adapter.CopyFrom(adapter_message(event.adapter))
+    if event.error is not None:
+        message.message = str(event.error).encode(errors="replace").decode()
+        if isinstance(event.error, AdapterRejected | SourceFailed):
+            message.reason = event.error.reason
     return message
 
 

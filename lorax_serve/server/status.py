@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -107,30 +108,27 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if handler is None or handler_call_details.method.startswith(_ALWAYS_OPEN):
             return handler
         # Handlers get raw messages: gRPC itself would log garbage with a traceback.
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                self._guarded(handler.unary_stream, handler.request_deserializer),
-                response_serializer=handler.response_serializer,
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            self._guarded(handler.unary_unary, handler.request_deserializer),
+        read: Callable[[Callable[[bytes], Any], Any], Any] = _read
+        if handler.request_streaming:
+            method, wrap = handler.stream_unary, grpc.stream_unary_rpc_method_handler
+            read = _read_all
+        elif handler.response_streaming:
+            method, wrap = handler.unary_stream, grpc.unary_stream_rpc_method_handler
+        else:
+            method, wrap = handler.unary_unary, grpc.unary_unary_rpc_method_handler
+        return wrap(
+            self._guarded(method, partial(read, handler.request_deserializer)),
             response_serializer=handler.response_serializer,
         )
 
     def _guarded(
-        self,
-        method: Callable[[Any, Any], Awaitable[Any]],
-        deserialize: Callable[[bytes], Any],
-    ) -> Callable[[bytes, Any], Awaitable[Any]]:
-        async def call(message: bytes, context: Any) -> Any:
+        self, method: Callable[[Any, Any], Awaitable[Any]], request_of: Callable[[Any], Any]
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def call(sent: Any, context: Any) -> Any:
             try:
                 if self._closed is not None:
                     raise Draining(self._closed)
-                try:
-                    request = deserialize(message)
-                except DecodeError as error:
-                    raise InvalidRequest("the message is no valid protobuf") from error
-                return await method(request, context)
+                return await method(request_of(sent), context)
             except LoraxError as error:
                 code, text, trailing = status_of(error)
                 if isinstance(error, EngineFailed) and self._closed is not None:
@@ -142,3 +140,17 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             await context.abort(code, text, trailing)
 
         return call
+
+
+def _read(deserialize: Callable[[bytes], Any], message: bytes) -> Any:
+    try:
+        return deserialize(message)
+    except DecodeError as error:
+        raise InvalidRequest("the message is no valid protobuf") from error
+
+
+async def _read_all(
+    deserialize: Callable[[bytes], Any], messages: AsyncIterator[bytes]
+) -> AsyncIterator[Any]:
+    async for message in messages:
+        yield _read(deserialize, message)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lorax_serve.errors import AdapterConflict, AdapterNotFound, InvalidRequest
 from lorax_serve.store.schema import create_database, open_database, sqlite_errors
 
-__all__ = ["Catalog", "NameRecord", "Recorded", "Version"]
+__all__ = ["Catalog", "NameRecord", "Recorded", "Unloaded", "Version"]
 
 _COLUMNS = "name, digest, sequence, source, path, signature, weight, pinned, loaded_at"
 _MAX_WEIGHT = 100
@@ -51,6 +51,15 @@ class Version(NamedTuple):
     digest: str
     sequence: int
     loaded_at: float
+
+
+class Unloaded(NamedTuple):
+    """A name that was unloaded, and what its source had then."""
+
+    name: str
+    source: str | None
+    signature: str | None
+    """None if it is not known: what the name meant came from elsewhere."""
 
 
 class Recorded(NamedTuple):
@@ -144,21 +153,26 @@ class Catalog:
                     name, digest, sequence, source, path, signature, weight, pinned, self._clock()
                 ),
             )
+            self._database.execute("DELETE FROM unloaded WHERE name = ?", (name,))
             self._trim(name)
             return Recorded(sequence, self._unreferenced(before))
 
     def record_unload(self, name: str) -> frozenset[str]:
         """Forget a name and its history; returns the content that nothing needs now.
 
+        That it was unloaded is remembered until it is loaded again.
+
         Raises:
             AdapterNotFound: the name is not in the catalogue.
             StoreFailed, Overloaded: the disk fails or is full.
         """
         with self._transaction():
-            self._known(name)
+            record = self._known(name)
             before = self._digests_of(name)
             self._database.execute("DELETE FROM names WHERE name = ?", (name,))
             self._database.execute("DELETE FROM versions WHERE name = ?", (name,))
+            own = record.source is not None and record.path == name
+            self._set_unloaded(name, record.source, record.signature if own else None)
             return self._unreferenced(before)
 
     def roll_back(self, name: str, to: str | None = None) -> NameRecord:
@@ -214,6 +228,37 @@ class Catalog:
             StoreFailed, Overloaded: the disk fails or is full.
         """
         self._set(name, "pinned", pinned)
+
+    def set_origin(self, name: str, source: str | None, path: str, signature: str) -> None:
+        """Record that the content which a name has was found there; it is no load.
+
+        Raises:
+            InvalidRequest: a text cannot be stored.
+            AdapterNotFound: the name is not in the catalogue.
+            StoreFailed, Overloaded: the disk fails or is full.
+        """
+        with self._transaction():
+            found = self._known(name)
+            if (found.source, found.path, found.signature) != (source, path, signature):
+                self._database.execute(
+                    "UPDATE names SET source = ?, path = ?, signature = ? WHERE name = ?",
+                    (source, path, signature, name),
+                )
+
+    def set_unloaded(self, name: str, source: str, signature: str) -> None:
+        """Note what a source has of a name that was unloaded.
+
+        Raises:
+            StoreFailed, Overloaded: the disk fails or is full.
+        """
+        with self._transaction():
+            self._set_unloaded(name, source, signature)
+
+    def unloaded(self) -> list[Unloaded]:
+        """The names that were unloaded and not loaded again since."""
+        with self._reading():
+            rows = self._database.execute("SELECT name, source, signature FROM unloaded")
+            return [Unloaded(*row) for row in rows]
 
     def names(self) -> list[NameRecord]:
         """Every name, in their alphabetical order."""
@@ -311,6 +356,11 @@ class Catalog:
 
     def _unreferenced(self, digests: set[str]) -> frozenset[str]:
         return frozenset(digest for digest in digests if not self._is_referenced(digest))
+
+    def _set_unloaded(self, name: str, source: str | None, signature: str | None) -> None:
+        self._database.execute(
+            "INSERT OR REPLACE INTO unloaded VALUES (?, ?, ?)", (name, source, signature)
+        )
 
     def _set(self, name: str, column: str, value: int) -> None:
         with self._transaction():

@@ -14,7 +14,15 @@ from lorax_serve.store.disk import disk_errors, fsync, full_disk, make_directory
 __all__ = ["create_database", "open_database", "sqlite_errors"]
 
 _APPLICATION = 0x6C6F7261  # in the file's header: SQLite's field for whose file this is
-_VERSION = 1
+_VERSION = 2
+# What version 2 has beside version 1.
+_UNLOADED = """
+CREATE TABLE unloaded (
+    name TEXT NOT NULL PRIMARY KEY,
+    source TEXT,
+    signature TEXT
+);
+"""
 _TABLES = f"""
 BEGIN;
 CREATE TABLE counter (last_sequence INTEGER NOT NULL CHECK (typeof(last_sequence) = 'integer'));
@@ -39,6 +47,7 @@ CREATE TABLE versions (
     PRIMARY KEY (name, digest)
 );
 CREATE INDEX versions_by_digest ON versions (digest);
+{_UNLOADED}
 PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {_VERSION};
 COMMIT;
@@ -104,6 +113,7 @@ def open_database(path: Path) -> sqlite3.Connection:
             _check(path, database)
             database.execute("PRAGMA journal_mode = DELETE")
             database.execute("PRAGMA synchronous = EXTRA")
+            _upgrade(database)
         except BaseException:
             database.close()
             raise
@@ -137,12 +147,24 @@ def _check(path: Path, database: sqlite3.Connection) -> None:
             f"the catalogue {path} has schema {version}, this server knows up to {_VERSION}; use "
             "the newer server that wrote it, or another state directory"
         )
+    (pages,), (page,) = (
+        database.execute(f"PRAGMA {what}").fetchone() for what in ("page_count", "page_size")
+    )
+    # SQLite itself does not miss the end of a page without rows.
+    if path.stat().st_size != pages * page:
+        raise _damaged(path, "its file has been cut or has grown")
     problems = [text for (text,) in database.execute("PRAGMA integrity_check(3)")]
     if problems != ["ok"]:
         raise _damaged(path, "; ".join(problems))
     (sound,) = database.execute(_SOUND).fetchone()
-    if version < _VERSION or not sound:
+    if version < 1 or not sound:
         raise _damaged(path, "its sequence numbers contradict each other")
+
+
+def _upgrade(database: sqlite3.Connection) -> None:
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version < _VERSION:
+        database.executescript(f"BEGIN; {_UNLOADED} PRAGMA user_version = {_VERSION}; COMMIT;")
 
 
 def _damaged(path: Path, why: str) -> StoreFailed:

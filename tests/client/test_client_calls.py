@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import pytest
 
 from lorax_serve.client import AsyncClient, Client, StopReason, TimedOut, Unavailable
+from lorax_serve.core import Freed
 from lorax_serve.errors import (
     AdapterConflict,
     AdapterNotFound,
@@ -191,7 +192,9 @@ async def test_adapters(harness: Harness) -> None:
     pilot = await harness.client.load_adapter("pilot", "other-name")
     assert await synchronous(harness, lambda client: client.list_adapters()) == [pilot, poet]
     assert before < poet.last_used < datetime.now(UTC) + timedelta(seconds=1)
-    assert await synchronous(harness, lambda client: client.unload_adapter("poet")) == 1001
+    assert await synchronous(harness, lambda client: client.unload_adapter("poet")) == Freed(
+        host=1001
+    )
     harness.engine.loads_open.clear()
     loading = asyncio.create_task(harness.client.load_adapter("poet"))
     await until(lambda: harness.engine.loads[-1] == "poet" and len(harness.engine.loads) == 3)

@@ -88,7 +88,7 @@ async def test_adapters(harness: Harness, lorax: Lorax) -> None:
     code, out, _ = await lorax("adapters", "list")
     assert [line.split()[0] for line in out.splitlines()] == ["NAME", "pilot", "poet"]
     code, out, _ = await lorax("adapters", "unload", "poet")
-    assert (code, out) == (0, "poet: unloaded, 1001 bytes freed\n")
+    assert (code, out) == (0, "poet: unloaded, bytes freed: 1001 of host memory\n")
     assert [adapter.name for adapter in harness.server.adapters] == ["pilot"]
 
 

@@ -13,7 +13,14 @@ import torch
 
 from lorax_serve import adapter as leaf
 from lorax_serve.config import EngineConfig
-from lorax_serve.core import AdapterInfo, EngineStats, SamplingParams, StopReason, TokenOutput
+from lorax_serve.core import (
+    AdapterInfo,
+    EngineStats,
+    Freed,
+    SamplingParams,
+    StopReason,
+    TokenOutput,
+)
 from lorax_serve.engine.adapter_loader import AdapterLoader, Load, LoadFinished
 from lorax_serve.engine.engine import Engine
 from lorax_serve.engine.messages import DropAdapter, LoadAdapter, Reply, Submit
@@ -54,8 +61,8 @@ class InProcess:
 
     def drop(self, version: int) -> int:
         freed = self._ask(lambda call: DropAdapter(call, version))
-        assert isinstance(freed, int)
-        return freed
+        assert isinstance(freed, Freed)
+        return freed.host
 
     def submit(self, version: int | None, new: int = 6) -> int:
         self._ids += 1

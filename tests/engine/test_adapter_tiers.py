@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lorax_serve.core import AdapterInfo
+from lorax_serve.core import AdapterInfo, Freed
 from lorax_serve.engine.adapter_loader import Load, LoadFinished
 from lorax_serve.engine.adapter_slots import AdapterSlots
 from lorax_serve.engine.adapter_store import AdapterStore
@@ -31,6 +32,15 @@ class Tiers:
             self.loads.append, self.host, self.slots, self.cleared.append, shared=shared
         )
         self.sizes: dict[int, int] = {}
+        self.pinned: set[int] = set()
+        evicted = self.host._evict
+
+        def evict(nbytes: int, keep: Collection[int]) -> list[int]:
+            victims = evicted(nbytes, keep)
+            assert not self.pinned.intersection(victims), "a pinned adapter was evicted"
+            return victims
+
+        self.host._evict = evict  # type: ignore[method-assign]
         self.waiting: list[int] = []
         self.running: list[int] = []
         self.device: dict[int, int] = {}
@@ -76,11 +86,12 @@ class Tiers:
     def end_request(self, index: int) -> None:
         self.slots.unpin(self.running.pop(index))
 
-    def drop(self, version: int) -> int:
+    def drop(self, version: int) -> Freed:
         self.cleared.clear()
         freed = self.store.drop(version, self.slots.drop(version))
         self.device = {s: v for s, v in self.device.items() if s not in self.cleared}
         del self.sizes[version]
+        self.pinned.discard(version)
         return freed
 
     def check(self) -> None:
@@ -103,6 +114,7 @@ class Tiers:
             if self.running:
                 self.end_request(0)
         assert (self.waiting, self.running, self.loads) == ([], [], [])
+        assert all(version in self.host for version in self.pinned)
 
 
 def weights_of(version: int) -> Any:
@@ -129,7 +141,34 @@ class TierMachine(RuleBasedStateMachine):
     @rule(size=st.integers(1, 4))
     def load(self, size: int) -> None:
         self.versions += 1
-        self.tiers.load(self.versions, size)
+        pinned = sum(self.tiers.sizes[version] for version in self.tiers.pinned)
+        if size + pinned > self.tiers.host.max_bytes:
+            with pytest.raises(Overloaded, match="beside pinned ones"):
+                self.tiers.load(self.versions, size)
+        else:
+            self.tiers.load(self.versions, size)
+
+    @precondition(lambda self: self.tiers.sizes)
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        version = self.one_of(data, list(self.tiers.sizes))
+        instead = data.draw(st.none() | st.sampled_from(sorted(self.tiers.pinned) or [None]))
+        try:
+            self.tiers.store.pin(version, instead)
+        except Overloaded:
+            return
+        self.tiers.pinned.add(version)
+        if instead is not None and instead != version:
+            self.unpin_one(instead)
+
+    @precondition(lambda self: self.tiers.pinned)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        self.unpin_one(self.one_of(data, sorted(self.tiers.pinned)))
+
+    def unpin_one(self, version: int) -> None:
+        self.tiers.store.unpin(version)
+        self.tiers.pinned.remove(version)
 
     @precondition(lambda self: self.tiers.sizes)
     @rule(data=st.data())
@@ -215,9 +254,9 @@ def test_the_head_of_the_queue_gets_in_before_what_was_read_ahead() -> None:
 
 
 def test_an_adapter_larger_than_a_budget_is_refused() -> None:
-    with pytest.raises(Overloaded, match=r"9 bytes, more than all of the 8 bytes of host memory"):
+    with pytest.raises(Overloaded, match=r"9 bytes, more than the 8 bytes of host memory"):
         Tiers(8, 2, None, 1, shared=True).load(1, 9)
-    with pytest.raises(Overloaded, match=r"device memory for adapters \(--max-device-adapter-by"):
+    with pytest.raises(Overloaded, match=r"device memory that adapters have \(--max-device-ad"):
         Tiers(8, 2, 4, 1, shared=False).load(1, 5)
 
 
@@ -238,8 +277,8 @@ def test_a_failed_read_fails_its_requests_only_and_may_be_tried_again() -> None:
     tiers.drain()
 
 
-@pytest.mark.parametrize(("shared", "freed"), [(True, 3), (False, 6)])
-def test_a_drop_reports_the_memory_it_frees(shared: bool, freed: int) -> None:
+@pytest.mark.parametrize(("shared", "freed"), [(True, Freed(host=3)), (False, Freed(3, 3))])
+def test_a_drop_reports_the_memory_it_frees(shared: bool, freed: Freed) -> None:
     tiers = Tiers(host=4, slots=2, device=None, rows=1, shared=shared)
     tiers.load(1, 3)
     tiers.submit(1)
@@ -249,7 +288,7 @@ def test_a_drop_reports_the_memory_it_frees(shared: bool, freed: int) -> None:
     assert tiers.drop(1) == freed
     tiers.load(2, 3)
     tiers.load(3, 3)
-    assert tiers.drop(2) == 0, "it was on disk only"
+    assert tiers.drop(2) == Freed(), "it was on disk only"
 
 
 def test_memory_that_is_not_shared_lets_the_two_copies_part() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from lorax_serve.core import AdapterInfo, Part
+import pytest
+
+from lorax_serve.core import AdapterInfo, Freed
 from lorax_serve.errors import AdapterRejected, RejectReason
 from lorax_serve.frontend.library import Library
 from lorax_serve.frontend.reconciler import Reconciler
@@ -13,14 +15,16 @@ from lorax_serve.frontend.registry import AdapterRegistry
 from lorax_serve.report import LoadReport
 from lorax_serve.sources import FetchLimits, open_source
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE, digest_of
+from tests.frontend.bare_engine import BareEngine
 
 __all__ = ["Engine", "Place"]
 
 
-class Engine:
+class Engine(BareEngine):
     """Reads the digest of a directory; refuses weights that say ``bad``."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.held: dict[int, str] = {}
         self.loads = 0
 
@@ -32,15 +36,13 @@ class Engine:
         digest = self.held[version] = digest_of(Path(path))
         return AdapterInfo(digest, 4, 2, 100)
 
-    async def compose_adapter(self, version: int, parts: tuple[Part, ...]) -> AdapterInfo:
-        raise NotImplementedError
-
     async def inspect_adapter(self, path: str) -> LoadReport:
         return LoadReport(digest=digest_of(Path(path)))
 
-    async def drop_adapter(self, version: int) -> int:
+    async def drop_adapter(self, version: int) -> Freed:
         del self.held[version]
-        return 100
+        self.pinned.discard(version)
+        return Freed(host=100)
 
 
 class Place:
@@ -68,9 +70,7 @@ class Place:
         limits = FetchLimits(1000, 10)
         place = open_source(str(self.source)) if source else None
         self.libraries = [Library(self.state, place, limits, history)]
-        return AdapterRegistry(
-            self.engine, None, None, self.libraries[0], history=history, on_demand=on_demand
-        )
+        return AdapterRegistry(self.engine, self.libraries[0], history=history, on_demand=on_demand)
 
     def reconciler(self, registry: AdapterRegistry, *, from_source: bool = True) -> Reconciler:
         """Of a registry that this has started; ``now`` is its clock."""
@@ -78,6 +78,19 @@ class Place:
         return Reconciler(
             registry, self.libraries[0], from_source=from_source, clock=lambda: self.now
         )
+
+    def count_fetches(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """A list of the paths that are fetched from now on."""
+        source, paths = self.libraries[0].source, list[str]()
+        assert source is not None
+        fetch = source.fetch
+
+        def counted(path: str, into: Path, limits: FetchLimits) -> str:
+            paths.append(path)
+            return fetch(path, into, limits)
+
+        monkeypatch.setattr(source, "fetch", counted)
+        return paths
 
     def stop(self) -> None:
         for library in self.libraries:

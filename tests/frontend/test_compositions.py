@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from lorax_serve.core import AdapterInfo, AdapterScale, Part
+from lorax_serve.core import AdapterInfo, AdapterScale, Freed, Part
 from lorax_serve.errors import AdapterNotFound, AdapterRejected, RejectReason
 from lorax_serve.frontend import compositions
 from lorax_serve.frontend.compositions import Composed
+from lorax_serve.frontend.in_place import InPlace
 from lorax_serve.frontend.registry import AdapterRegistry
-from lorax_serve.report import LoadReport
+from tests.frontend.bare_engine import BareEngine
 
 
-class Composer:
+class Composer(BareEngine):
     """An engine that holds numbers; compositions wait for ``go``."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.held: dict[int, tuple[Part, ...]] = {}
         self.composed = 0
         self.refusal: AdapterRejected | None = None
@@ -37,13 +39,10 @@ class Composer:
         self.held[version] = parts
         return AdapterInfo("of " + "+".join(part.digest for part in parts), 8, 2, 200)
 
-    async def inspect_adapter(self, path: str) -> LoadReport:
-        raise NotImplementedError
-
-    async def drop_adapter(self, version: int) -> int:
+    async def drop_adapter(self, version: int) -> Freed:
         await asyncio.sleep(0)
         del self.held[version]
-        return 100
+        return Freed(host=100)
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def engine() -> Composer:
 @pytest.fixture
 async def registry(engine: Composer, tmp_path: Path) -> AdapterRegistry:
     """With adapters ``a``, ``b`` and ``c``."""
-    registry = AdapterRegistry(engine, tmp_path)
+    registry = AdapterRegistry(engine, InPlace(tmp_path))
     for name in "abc":
         (tmp_path / name).mkdir()
         await registry.load(name)
@@ -101,7 +100,7 @@ async def test_a_part_that_is_unloaded_takes_an_unused_composition_along(
 ) -> None:
     composed = await registry.admit_together(AB)
     registry.release(composed)
-    assert await asyncio.wait_for(registry.unload("a"), 5) == 100
+    assert await asyncio.wait_for(registry.unload("a"), 5) == Freed(host=100)
     assert composed.key not in engine.held
     with pytest.raises(AdapterNotFound, match="'a' is not loaded"):
         await registry.admit_together(AB)

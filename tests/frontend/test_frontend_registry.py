@@ -7,23 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from lorax_serve.core import AdapterInfo, Part
+from lorax_serve.core import AdapterInfo, Freed
 from lorax_serve.errors import (
     AdapterConflict,
     AdapterNotFound,
     AdapterRejected,
     InvalidRequest,
+    LoraxError,
     RejectReason,
 )
-from lorax_serve.frontend.registry import AdapterRegistry, RegistryListener
+from lorax_serve.frontend.events import RegistryListener
+from lorax_serve.frontend.in_place import InPlace
+from lorax_serve.frontend.registry import AdapterRegistry
 from lorax_serve.frontend.version import Adapter, AdapterState
 from lorax_serve.report import LoadReport
+from tests.frontend.bare_engine import BareEngine
 
 
-class Loader:
+class Loader(BareEngine):
     """The digest of a directory is the content of its config; ``bad`` is refused."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.open = asyncio.Event()
         self.open.set()
         self.loaded: dict[int, str] = {}
@@ -37,17 +42,14 @@ class Loader:
         self.loaded[version] = path
         return AdapterInfo(digest, 4, 2, 100)
 
-    async def compose_adapter(self, version: int, parts: tuple[Part, ...]) -> AdapterInfo:
-        raise NotImplementedError
-
     async def inspect_adapter(self, path: str) -> LoadReport:
         return LoadReport(digest=Path(path).name)
 
-    async def drop_adapter(self, version: int) -> int:
+    async def drop_adapter(self, version: int) -> Freed:
         await asyncio.sleep(0)
         del self.loaded[version]
         self.dropped.append(version)
-        return 100
+        return Freed(host=100)
 
 
 class Listener(RegistryListener):
@@ -57,8 +59,8 @@ class Listener(RegistryListener):
     def loaded(self, adapter: Adapter) -> None:
         self.events.append(("loaded", f"{adapter.name}:{adapter.version}"))
 
-    def rejected(self, name: str, reason: str) -> None:
-        self.events.append(("rejected", f"{name}:{reason}"))
+    def refused(self, name: str, error: LoraxError) -> None:
+        self.events.append(("refused", f"{name}:{error}"))
 
     def unloaded(self, adapter: Adapter) -> None:
         self.events.append(("unloaded", f"{adapter.name}:{adapter.version}"))
@@ -69,7 +71,7 @@ class Setting:
         self.root = root
         self.loader = Loader()
         self.listener = Listener()
-        self.registry = AdapterRegistry(self.loader, root, self.listener)
+        self.registry = AdapterRegistry(self.loader, InPlace(root), [self.listener])
 
     def write(self, directory: str, content: str) -> None:
         (self.root / directory).mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ async def test_load_acquire_release_unload(setting: Setting) -> None:
     assert setting.registry.acquire("poet") is adapter
     assert (adapter.references, adapter.requests) == (1, 1)
     setting.registry.release(adapter)
-    assert await setting.registry.unload("poet") == 100
+    assert await setting.registry.unload("poet") == Freed(host=100)
     assert setting.registry.adapters() == []
     assert setting.loader.loaded == {}
     assert setting.listener.events == [("loaded", "poet:1"), ("unloaded", "poet:1")]
@@ -161,7 +163,7 @@ async def test_a_refused_replacement_leaves_what_was_there(setting: Setting) -> 
     with pytest.raises(AdapterRejected):
         await setting.registry.load("poet")
     assert setting.registry.acquire("poet") is first
-    assert setting.listener.events[-1] == ("rejected", "poet:bad_file")
+    assert setting.listener.events[-1] == ("refused", "poet:it is bad")
     setting.write("poet", "v2")
     assert (await setting.registry.load("poet")).info.digest == "v2"
 
@@ -195,7 +197,7 @@ async def test_a_name_can_be_loaded_again_while_it_drains(setting: Setting) -> N
     assert setting.registry.acquire("poet") is new
     assert new.version != old.version
     setting.registry.release(old)
-    assert await unloading == 100
+    assert await unloading == Freed(host=100)
     assert setting.registry.adapters() == [new]
 
 
@@ -264,18 +266,16 @@ async def test_malformed_names_and_paths(setting: Setting) -> None:
     with pytest.raises(AdapterRejected, match="no directory 'missing'"):
         await setting.registry.load("poet", "missing")
     with pytest.raises(AdapterConflict, match="start it with --adapters"):
-        await AdapterRegistry(Loader(), None).load("poet")
+        await AdapterRegistry(Loader(), InPlace(None)).load("poet")
 
 
-async def test_load_all(setting: Setting, tmp_path: Path) -> None:
+async def test_listing(setting: Setting) -> None:
     setting.write("b", "v1")
     setting.write("a", "bad")
     setting.write("c", "v3")
     (setting.root / "notes").mkdir()
-    failures = await setting.registry.load_all()
-    assert {name: type(error) for name, error in failures.items()} == {"a": AdapterRejected}
-    assert [adapter.name for adapter in setting.registry.adapters()] == ["b", "c"]
-    assert await AdapterRegistry(Loader(), None).load_all() == {}
+    assert await InPlace(setting.root).listing() == ["a", "b", "c"]
+    assert await InPlace(None).listing() == []
 
 
 async def test_releasing_too_often_is_a_bug(setting: Setting) -> None:

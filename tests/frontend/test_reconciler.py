@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
+
 from lorax_serve.errors import AdapterRejected, SourceFailed, StoreFailed
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
 from tests.frontend.place import Place
@@ -64,6 +66,93 @@ async def test_a_change_is_loaded_and_what_is_the_same_is_not_fetched(place: Pla
     await reconciler.run_once()
     assert registry.acquire("poet").info.digest == changed
     assert place.engine.loads == 2
+
+
+async def test_what_was_touched_but_not_changed_is_fetched_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    place.write("poet", b"1")
+    await reconciler.run_once()
+    (before,) = registry.adapters()
+    fetches = place.count_fetches(monkeypatch)
+    place.write("poet", b"1")
+    for _ in range(3):
+        await reconciler.run_once()
+    assert fetches == ["poet"]
+    assert registry.adapters() == [before]
+    # Also after a restart, which gives what was acknowledged the number that it had.
+    registry = place.start()
+    fetches = place.count_fetches(monkeypatch)
+    await place.reconciler(registry).run_once()
+    assert fetches == []
+    assert [adapter.version for adapter in registry.adapters()] == [before.version]
+
+
+async def test_a_name_that_was_loaded_from_elsewhere_is_left_alone(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    place.write("copy", b"1")
+    adapter = await registry.load("poet", "copy")
+    place.write("poet", b"2")
+    fetches = place.count_fetches(monkeypatch)
+    for _ in range(3):
+        await reconciler.run_once()
+    assert fetches == ["copy"]
+    assert registry.acquire("poet") is adapter
+
+
+async def test_a_roll_back_stands_until_the_source_changes(place: Place) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    first = place.write("poet", b"1")
+    await reconciler.run_once()
+    place.write("poet", b"2")
+    await reconciler.run_once()
+    await registry.roll_back("poet")
+    await reconciler.run_once()
+    assert registry.acquire("poet").info.digest == first
+    third = place.write("poet", b"3")
+    await reconciler.run_once()
+    assert registry.acquire("poet").info.digest == third
+
+
+@pytest.mark.parametrize("alias", [False, True])
+async def test_what_was_unloaded_comes_back_only_when_it_has_changed(
+    place: Place, alias: bool
+) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    place.write("poet", b"1")
+    place.write("copy", b"2")
+    if alias:
+        await registry.load("poet", "copy")
+    await reconciler.run_once()
+    await registry.unload("poet")
+    await reconciler.run_once()
+    assert not registry.is_loaded("poet")
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    await reconciler.run_once()
+    assert not registry.is_loaded("poet"), "nor after a restart"
+    changed = place.write("poet", b"3")
+    await reconciler.run_once()
+    assert registry.acquire("poet").info.digest == changed
+
+
+async def test_what_was_unloaded_can_be_loaded(place: Place) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    digest = place.write("poet", b"1")
+    await reconciler.run_once()
+    await registry.unload("poet")
+    await registry.load("poet")
+    registry = place.start()
+    await place.reconciler(registry).run_once()
+    assert registry.acquire("poet").info.digest == digest
 
 
 async def test_what_disappears_from_the_source_stays(place: Place) -> None:

@@ -7,25 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from lorax_serve.core import AdapterInfo, Part
+from lorax_serve.core import AdapterInfo, Freed, Part
 from lorax_serve.errors import (
     AdapterConflict,
-    AdapterNotFound,
     AdapterRejected,
     EngineFailed,
     LoraxError,
     Overloaded,
     RejectReason,
 )
-from lorax_serve.frontend.registry import AdapterRegistry, RegistryListener
+from lorax_serve.frontend.events import RegistryListener
+from lorax_serve.frontend.in_place import InPlace
+from lorax_serve.frontend.registry import AdapterRegistry
 from lorax_serve.frontend.version import Adapter, AdapterState
 from lorax_serve.report import LoadReport
+from tests.frontend.bare_engine import BareEngine
 
 
-class ScriptedLoader:
+class ScriptedLoader(BareEngine):
     """Answers with what it is told to: a digest, or an error; waits for ``go``."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.answer: str | Exception = "v1"
         self.go = asyncio.Event()
         self.go.set()
@@ -47,18 +50,19 @@ class ScriptedLoader:
     async def inspect_adapter(self, path: str) -> LoadReport:
         return LoadReport(digest=Path(path).name)
 
-    async def drop_adapter(self, version: int) -> int:
+    async def drop_adapter(self, version: int) -> Freed:
         await self.go.wait()
         self.held.remove(version)
-        return 10
+        return Freed(host=10)
 
 
 class Refusals(RegistryListener):
     def __init__(self) -> None:
         self.reasons: list[tuple[str, str]] = []
 
-    def rejected(self, name: str, reason: str) -> None:
-        self.reasons.append((name, reason))
+    def refused(self, name: str, error: LoraxError) -> None:
+        typed = error.reason if isinstance(error, AdapterRejected) else None
+        self.reasons.append((name, typed or type(error).__name__))
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ async def test_failures_reach_the_caller_and_the_listener(
     root: Path, error: LoraxError, reason: str
 ) -> None:
     loader, listener = ScriptedLoader(), Refusals()
-    registry = AdapterRegistry(loader, root, listener)
+    registry = AdapterRegistry(loader, InPlace(root), [listener])
     loader.answer = error
     with pytest.raises(type(error)):
         await registry.load("one")
@@ -101,7 +105,7 @@ async def test_failures_reach_the_caller_and_the_listener(
 
 async def test_a_loader_that_breaks_does_not_block_the_name(root: Path) -> None:
     loader = ScriptedLoader()
-    registry = AdapterRegistry(loader, root)
+    registry = AdapterRegistry(loader, InPlace(root))
     loader.answer = ZeroDivisionError("a bug")
     with pytest.raises(ZeroDivisionError):
         await registry.load("one")
@@ -114,7 +118,7 @@ async def test_paths_that_no_directory_can_have(root: Path, path: str) -> None:
     (root / "loop").symlink_to(root / "loop")
     (root / "file").touch()
     loader, listener = ScriptedLoader(), Refusals()
-    registry = AdapterRegistry(loader, root, listener)
+    registry = AdapterRegistry(loader, InPlace(root), [listener])
     with pytest.raises(AdapterRejected) as caught:
         await registry.load("one", path)
     assert caught.value.reason is RejectReason.MISSING_FILE
@@ -126,20 +130,20 @@ async def test_the_root_may_be_a_link(root: Path) -> None:
     link = root.parent / "link"
     link.symlink_to(root)
     loader = ScriptedLoader()
-    await AdapterRegistry(loader, link).load("one")
+    await AdapterRegistry(loader, InPlace(link)).load("one")
     assert loader.paths == [str(root / "one")]
 
 
 async def test_a_sibling_with_the_roots_name_as_prefix_is_outside(root: Path) -> None:
     (root.parent / "root-2").mkdir()
-    registry = AdapterRegistry(ScriptedLoader(), root)
+    registry = AdapterRegistry(ScriptedLoader(), InPlace(root))
     with pytest.raises(LoraxError, match="leads outside"):
         await registry.load("one", "../root-2")
 
 
 async def test_a_cancelled_load_that_fails_frees_the_name(root: Path) -> None:
     loader, listener = ScriptedLoader(), Refusals()
-    registry = AdapterRegistry(loader, root, listener)
+    registry = AdapterRegistry(loader, InPlace(root), [listener])
     loader.answer = Overloaded("full")
     loader.go.clear()
     loading = asyncio.create_task(registry.load("one"))
@@ -157,28 +161,28 @@ async def test_a_cancelled_load_that_fails_frees_the_name(root: Path) -> None:
 
 
 async def test_unload_while_a_replacement_loads(root: Path) -> None:
-    """The unload takes the version that was there; the load then stands."""
     loader = ScriptedLoader()
-    registry = AdapterRegistry(loader, root)
-    await registry.load("one")
+    registry = AdapterRegistry(loader, InPlace(root))
+    old = await registry.load("one")
     loader.answer = "v2"
     loader.go.clear()
     loading = asyncio.create_task(registry.load("one"))
     await turns()
-    unloading = asyncio.create_task(registry.unload("one"))
-    await turns()
-    with pytest.raises(AdapterNotFound):
-        registry.acquire("one")
+    with pytest.raises(AdapterConflict, match="being loaded by another call"):
+        await registry.unload("one")
+    assert registry.acquire("one") is old
+    registry.release(old)
     loader.go.set()
-    assert await unloading == 10
     new = await loading
-    assert registry.acquire("one") is new
-    assert held_versions(registry) == loader.held == {new.version}
+    await turns()
+    assert loader.held == {new.key}
+    assert await registry.unload("one") == Freed(host=10)
+    assert loader.held == set()
 
 
 async def test_same_content_under_two_names_is_two_adapters(root: Path) -> None:
     loader = ScriptedLoader()
-    registry = AdapterRegistry(loader, root)
+    registry = AdapterRegistry(loader, InPlace(root))
     first, second = await registry.load("one"), await registry.load("two", "one")
     assert first.version != second.version
     assert loader.held == {first.version, second.version}
@@ -186,7 +190,7 @@ async def test_same_content_under_two_names_is_two_adapters(root: Path) -> None:
 
 async def test_several_generations_drain_each_with_its_last_request(root: Path) -> None:
     loader = ScriptedLoader()
-    registry = AdapterRegistry(loader, root)
+    registry = AdapterRegistry(loader, InPlace(root))
     pinned: list[Adapter] = []
     for generation in range(4):
         loader.answer = f"v{generation}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lorax_serve.core import Freed
 from lorax_serve.errors import (
     AdapterConflict,
     AdapterNotFound,
@@ -15,6 +16,7 @@ from lorax_serve.errors import (
     SourceFailed,
     SourceReason,
 )
+from lorax_serve.frontend.in_place import InPlace
 from lorax_serve.frontend.registry import AdapterRegistry
 from lorax_serve.frontend.version import AdapterState
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
@@ -89,7 +91,8 @@ async def test_unloading_forgets_all_versions_and_their_files(place: Place) -> N
     for weights in (b"1", b"2"):
         place.write("poet", weights)
         await registry.load("poet")
-    assert await registry.unload("poet") == 200
+    sizes = [len(b"{}") + 1, len(b"{}") + 1]
+    assert await registry.unload("poet") == Freed(host=200, disk=sum(sizes))
     assert (place.engine.held, place.kept) == ({}, set())
 
 
@@ -148,7 +151,7 @@ async def test_without_a_library_nothing_is_rolled_back(tmp_path: Path) -> None:
     (tmp_path / "poet").mkdir()
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         (tmp_path / "poet" / file).write_bytes(b"1")
-    registry = AdapterRegistry(Engine(), tmp_path)
+    registry = AdapterRegistry(Engine(), InPlace(tmp_path))
     await registry.load("poet")
     with pytest.raises(AdapterConflict, match="--state DIR"):
         await registry.roll_back("poet")

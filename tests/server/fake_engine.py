@@ -7,11 +7,21 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorax_serve.core import AdapterInfo, EngineStats, ModelInfo, Part, StopReason, TokenOutput
+from lorax_serve.core import (
+    AdapterInfo,
+    AdapterTier,
+    EngineStats,
+    Freed,
+    ModelInfo,
+    Part,
+    StopReason,
+    TokenOutput,
+)
 from lorax_serve.engine.messages import StepReport, Submit
 from lorax_serve.errors import AdapterRejected, EngineFailed, Overloaded, RejectReason
 from lorax_serve.frontend.async_engine import AsyncEngine, TokenSink
 from lorax_serve.report import LoadReport
+from lorax_serve.store.digest import WEIGHTS_FILE, digest_of
 from tests.frontend.toy_tokenizers import EOS, WORDS
 
 STEP_SECONDS = 0.002
@@ -36,6 +46,7 @@ class FakeEngine(AsyncEngine):
         loads_open: loads wait for it.
         composed: what versions were composed of.
         dropped: versions that were freed.
+        pinned: versions that are pinned.
         report: of what is loaded and inspected, in place of a plain one.
         closed: whether it was closed.
     """
@@ -64,6 +75,7 @@ class FakeEngine(AsyncEngine):
         self.loads_open.set()
         self.composed: dict[int, tuple[Part, ...]] = {}
         self.dropped: list[int] = []
+        self.pinned: set[int] = set()
         self.report: LoadReport | None = None
         self.closed = False
         self._limit = limit
@@ -90,7 +102,8 @@ class FakeEngine(AsyncEngine):
         self.loads.append(Path(path).name)
         await self.loads_open.wait()
         content = (Path(path) / "adapter_config.json").read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
+        whole = (Path(path) / WEIGHTS_FILE).exists()
+        digest = digest_of(path) if whole else hashlib.sha256(content).hexdigest()
         report = LoadReport(digest=digest, num_modules=14)
         if b"bad" in content:
             reason, message = RejectReason.SHAPE_MISMATCH, "lora_A of layer 3 has rank 5"
@@ -105,10 +118,19 @@ class FakeEngine(AsyncEngine):
     async def inspect_adapter(self, path: str) -> LoadReport:
         return self.report or LoadReport(digest=Path(path).name)
 
-    async def drop_adapter(self, version: int) -> int:
+    async def drop_adapter(self, version: int) -> Freed:
         assert version not in {each.command.adapter for each in self._requests.values()}
         self.dropped.append(version)
-        return 1000 + version
+        return Freed(host=1000 + version)
+
+    async def pin_adapter(self, version: int, instead_of: int | None = None) -> None:
+        self.pinned.add(version)
+
+    async def unpin_adapter(self, version: int) -> None:
+        self.pinned.discard(version)
+
+    async def find_adapters(self) -> dict[int, AdapterTier]:
+        return dict.fromkeys(range(1, 1000), AdapterTier.HOST)
 
     async def check_integrity(self) -> tuple[str, ...]:
         return ()

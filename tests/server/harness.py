@@ -43,7 +43,7 @@ class Harness:
         (self.adapters / name / "adapter_config.json").write_text(content)
 
 
-def config(adapters: Path, **settings: Any) -> ServerConfig:
+def config(adapters: Path | None, **settings: Any) -> ServerConfig:
     """A free port on the loopback, and no metrics over HTTP."""
     return ServerConfig(
         **{"host": "127.0.0.1", "port": 0, "metrics_port": None, "adapters": adapters, **settings}
@@ -52,7 +52,7 @@ def config(adapters: Path, **settings: Any) -> ServerConfig:
 
 @contextlib.asynccontextmanager
 async def serving(
-    tokenizer: Path, adapters: Path, limit: int = 8, **settings: Any
+    tokenizer: Path, adapters: Path | None, limit: int = 8, **settings: Any
 ) -> AsyncIterator[Harness]:
     engines: list[FakeEngine] = []
 
@@ -64,7 +64,7 @@ async def serving(
     async with server:
         address = f"127.0.0.1:{server.port}"
         async with grpc.aio.insecure_channel(address) as channel, AsyncClient(address) as client:
-            yield Harness(server, engines[0], channel, client, adapters)
+            yield Harness(server, engines[0], channel, client, adapters or Path())
         # Nothing that a test did may leave a request behind.
         await until(lambda: engines[0].in_flight == 0)
     assert engines[0].closed

@@ -127,6 +127,18 @@ def test_weight_and_pin(catalog: Catalog) -> None:
         catalog.record_unload("nobody")
 
 
+def test_where_content_was_found_is_no_load(catalog: Catalog) -> None:
+    catalog.record_load("poet", A, source="file:///x", path="a", signature="s", weight=3)
+    catalog.record_load("poet", B, source="file:///x", path="a", signature="s", weight=3)
+    catalog.set_origin("poet", "file:///y", "b", "t")
+    assert catalog.get("poet") == NameRecord("poet", B, 2, "file:///y", "b", "t", 3, False, 1001.0)
+    assert catalog.history("poet") == [(A, 1, 1000.0)]
+    with pytest.raises(AdapterNotFound, match="'nobody'"):
+        catalog.set_origin("nobody", None, "", "")
+    with pytest.raises(InvalidRequest, match="UTF-8"):
+        catalog.set_origin("poet", None, "\ud800", "")
+
+
 def test_odd_texts(catalog: Catalog) -> None:
     name = "it's\0\"; DROP TABLE names; --\N{SNOWMAN}"
     catalog.record_load(name, A, source=name, path=name, signature=name)
@@ -224,3 +236,22 @@ def test_any_operations_do_what_the_model_says(
             assert catalog.referenced() == model.referenced()
             assert left == before - model.referenced()
         catalog.close()
+
+
+def test_what_was_unloaded_is_remembered_until_it_is_loaded_again(tmp_path: Path) -> None:
+    with Catalog(tmp_path / "catalog.db") as catalog:
+        catalog.record_load("own", A, source="s3://b", path="own", signature="1")
+        catalog.record_load("alias", B, source="s3://b", path="other", signature="2")
+        catalog.record_load("uploaded", C)
+        for name in ("own", "alias", "uploaded"):
+            catalog.record_unload(name)
+        assert {each.name: each[1:] for each in catalog.unloaded()} == {
+            "own": ("s3://b", "1"),
+            "alias": ("s3://b", None),
+            "uploaded": (None, None),
+        }
+        catalog.set_unloaded("alias", "s3://b", "3")
+        catalog.record_load("own", A, source="s3://b", path="own", signature="4")
+    with Catalog(tmp_path / "catalog.db") as catalog:
+        unloaded = {each.name: each[1:] for each in catalog.unloaded()}
+        assert unloaded == {"alias": ("s3://b", "3"), "uploaded": (None, None)}

@@ -25,45 +25,63 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lorax/v1/adapter.proto\x12\x08lorax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"d\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x11\n\x04path\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06weight\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05_pathB\t\n\x07_weight\"_\n\x13LoadAdapterResponse\x12\"\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x11.lorax.v1.Adapter\x12$\n\x06report\x18\x02 \x01(\x0b\x32\x14.lorax.v1.LoadReport\"G\n\x15InspectAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x11\n\x04path\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_path\">\n\x16InspectAdapterResponse\x12$\n\x06report\x18\x01 \x01(\x0b\x32\x14.lorax.v1.LoadReport\"\x9d\x03\n\nLoadReport\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x10\n\x08variants\x18\x03 \x03(\t\x12\'\n\x07modules\x18\x04 \x03(\x0b\x32\x16.lorax.v1.ModuleReport\x12\x0f\n\x07matched\x18\x05 \x03(\t\x12\x11\n\tunmatched\x18\x06 \x03(\t\x12\x0f\n\x07missing\x18\x07 \x03(\t\x12\x14\n\x0cmodule_count\x18\x08 \x01(\r\x12\x15\n\rmatched_count\x18\t \x01(\r\x12\x17\n\x0funmatched_count\x18\n \x01(\r\x12\x15\n\rmissing_count\x18\x0b \x01(\r\x12\x12\n\nfile_bytes\x18\x0c \x01(\x04\x12\x12\n\nhost_bytes\x18\r \x01(\x04\x12\x10\n\x08warnings\x18\x0e \x03(\t\x12$\n\x05probe\x18\x0f \x01(\x0b\x32\x15.lorax.v1.ProbeReport\x12\x1a\n\rreject_reason\x18\x10 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08problems\x18\x11 \x03(\tB\x10\n\x0e_reject_reason\"V\n\x0cModuleReport\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\r\n\x05\x61lpha\x18\x04 \x01(\x01\x12\r\n\x05scale\x18\x05 \x01(\x01\"~\n\x0bProbeReport\x12\'\n\x07outcome\x18\x01 \x01(\x0e\x32\x16.lorax.v1.ProbeOutcome\x12\x12\n\ndifference\x18\x02 \x01(\x01\x12\x11\n\ttolerance\x18\x03 \x01(\x01\x12\x0e\n\x06\x65\x66\x66\x65\x63t\x18\x04 \x01(\x01\x12\x0f\n\x07message\x18\x05 \x01(\t\"*\n\x14UnloadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\",\n\x15UnloadAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\"L\n\x16RollbackAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x13\n\x06\x64igest\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_digest\"=\n\x17RollbackAdapterResponse\x12\"\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x11.lorax.v1.Adapter\"\x15\n\x13ListAdaptersRequest\";\n\x14ListAdaptersResponse\x12#\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x11.lorax.v1.Adapter\"\x8d\x02\n\x07\x41\x64\x61pter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.lorax.v1.AdapterState\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x14\n\x0cmodule_count\x18\x06 \x01(\r\x12\x12\n\nhost_bytes\x18\x07 \x01(\x04\x12\x17\n\x0f\x61\x63tive_requests\x18\x08 \x01(\r\x12\x16\n\x0etotal_requests\x18\t \x01(\x04\x12-\n\tlast_used\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06weight\x18\x0b \x01(\r*~\n\x0cProbeOutcome\x12\x1d\n\x19PROBE_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17PROBE_OUTCOME_UNCHECKED\x10\x01\x12\x18\n\x14PROBE_OUTCOME_PASSED\x10\x02\x12\x18\n\x14PROBE_OUTCOME_FAILED\x10\x03*\x80\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x02\x12\x1c\n\x18\x41\x44\x41PTER_STATE_SUPERSEDED\x10\x03\x32\xaa\x03\n\x0e\x41\x64\x61pterService\x12J\n\x0bLoadAdapter\x12\x1c.lorax.v1.LoadAdapterRequest\x1a\x1d.lorax.v1.LoadAdapterResponse\x12S\n\x0eInspectAdapter\x12\x1f.lorax.v1.InspectAdapterRequest\x1a .lorax.v1.InspectAdapterResponse\x12P\n\rUnloadAdapter\x12\x1e.lorax.v1.UnloadAdapterRequest\x1a\x1f.lorax.v1.UnloadAdapterResponse\x12V\n\x0fRollbackAdapter\x12 .lorax.v1.RollbackAdapterRequest\x1a!.lorax.v1.RollbackAdapterResponse\x12M\n\x0cListAdapters\x12\x1d.lorax.v1.ListAdaptersRequest\x1a\x1e.lorax.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lorax/v1/adapter.proto\x12\x08lorax.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x84\x01\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x11\n\x04path\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06weight\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x13\n\x06pinned\x18\x04 \x01(\x08H\x02\x88\x01\x01\x42\x07\n\x05_pathB\t\n\x07_weightB\t\n\x07_pinned\"X\n\x14UploadAdapterRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.lorax.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x9f\x01\n\x0cUploadHeader\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x14\n\x0c\x63onfig_bytes\x18\x03 \x01(\x04\x12\x15\n\rweights_bytes\x18\x04 \x01(\x04\x12\x13\n\x06weight\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06pinned\x18\x06 \x01(\x08H\x01\x88\x01\x01\x42\t\n\x07_weightB\t\n\x07_pinned\"a\n\x15UploadAdapterResponse\x12\"\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x11.lorax.v1.Adapter\x12$\n\x06report\x18\x02 \x01(\x0b\x32\x14.lorax.v1.LoadReport\"j\n\x14UpdateAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x06pinned\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\t\n\x07_weightB\t\n\x07_pinned\";\n\x15UpdateAdapterResponse\x12\"\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x11.lorax.v1.Adapter\"_\n\x13LoadAdapterResponse\x12\"\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x11.lorax.v1.Adapter\x12$\n\x06report\x18\x02 \x01(\x0b\x32\x14.lorax.v1.LoadReport\"G\n\x15InspectAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x11\n\x04path\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_path\">\n\x16InspectAdapterResponse\x12$\n\x06report\x18\x01 \x01(\x0b\x32\x14.lorax.v1.LoadReport\"\x9d\x03\n\nLoadReport\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x10\n\x08variants\x18\x03 \x03(\t\x12\'\n\x07modules\x18\x04 \x03(\x0b\x32\x16.lorax.v1.ModuleReport\x12\x0f\n\x07matched\x18\x05 \x03(\t\x12\x11\n\tunmatched\x18\x06 \x03(\t\x12\x0f\n\x07missing\x18\x07 \x03(\t\x12\x14\n\x0cmodule_count\x18\x08 \x01(\r\x12\x15\n\rmatched_count\x18\t \x01(\r\x12\x17\n\x0funmatched_count\x18\n \x01(\r\x12\x15\n\rmissing_count\x18\x0b \x01(\r\x12\x12\n\nfile_bytes\x18\x0c \x01(\x04\x12\x12\n\nhost_bytes\x18\r \x01(\x04\x12\x10\n\x08warnings\x18\x0e \x03(\t\x12$\n\x05probe\x18\x0f \x01(\x0b\x32\x15.lorax.v1.ProbeReport\x12\x1a\n\rreject_reason\x18\x10 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x08problems\x18\x11 \x03(\tB\x10\n\x0e_reject_reason\"V\n\x0cModuleReport\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\r\n\x05\x61lpha\x18\x04 \x01(\x01\x12\r\n\x05scale\x18\x05 \x01(\x01\"~\n\x0bProbeReport\x12\'\n\x07outcome\x18\x01 \x01(\x0e\x32\x16.lorax.v1.ProbeOutcome\x12\x12\n\ndifference\x18\x02 \x01(\x01\x12\x11\n\ttolerance\x18\x03 \x01(\x01\x12\x0e\n\x06\x65\x66\x66\x65\x63t\x18\x04 \x01(\x01\x12\x0f\n\x07message\x18\x05 \x01(\t\"*\n\x14UnloadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"j\n\x15UnloadAdapterResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x04\x12\x12\n\nhost_bytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x64\x65vice_bytes\x18\x03 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x04 \x01(\x04\"L\n\x16RollbackAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x13\n\x06\x64igest\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_digest\"=\n\x17RollbackAdapterResponse\x12\"\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x11.lorax.v1.Adapter\"\x15\n\x13ListAdaptersRequest\";\n\x14ListAdaptersResponse\x12#\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x11.lorax.v1.Adapter\">\n\x14WatchAdaptersRequest\x12\x17\n\nadapter_id\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\r\n\x0b_adapter_id\"\x97\x01\n\x15WatchAdaptersResponse\x12%\n\x05\x65vent\x18\x01 \x01(\x0e\x32\x16.lorax.v1.AdapterEvent\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\"\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x11.lorax.v1.Adapter\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\xc2\x02\n\x07\x41\x64\x61pter\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.lorax.v1.AdapterState\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x14\n\x0cmodule_count\x18\x06 \x01(\r\x12\x12\n\nhost_bytes\x18\x07 \x01(\x04\x12\x17\n\x0f\x61\x63tive_requests\x18\x08 \x01(\r\x12\x16\n\x0etotal_requests\x18\t \x01(\x04\x12-\n\tlast_used\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06weight\x18\x0b \x01(\r\x12\x0e\n\x06pinned\x18\x0c \x01(\x08\x12#\n\x04tier\x18\r \x01(\x0e\x32\x15.lorax.v1.AdapterTier*~\n\x0cProbeOutcome\x12\x1d\n\x19PROBE_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17PROBE_OUTCOME_UNCHECKED\x10\x01\x12\x18\n\x14PROBE_OUTCOME_PASSED\x10\x02\x12\x18\n\x14PROBE_OUTCOME_FAILED\x10\x03*\xce\x01\n\x0c\x41\x64\x61pterEvent\x12\x1d\n\x19\x41\x44\x41PTER_EVENT_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_EVENT_PRESENT\x10\x01\x12\x18\n\x14\x41\x44\x41PTER_EVENT_SYNCED\x10\x02\x12\x18\n\x14\x41\x44\x41PTER_EVENT_LOADED\x10\x03\x12\x19\n\x15\x41\x44\x41PTER_EVENT_CHANGED\x10\x04\x12\x1a\n\x16\x41\x44\x41PTER_EVENT_UNLOADED\x10\x05\x12\x19\n\x15\x41\x44\x41PTER_EVENT_REFUSED\x10\x06*r\n\x0b\x41\x64\x61pterTier\x12\x1c\n\x18\x41\x44\x41PTER_TIER_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_TIER_DEVICE\x10\x01\x12\x15\n\x11\x41\x44\x41PTER_TIER_HOST\x10\x02\x12\x15\n\x11\x41\x44\x41PTER_TIER_DISK\x10\x03*\x80\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_STATE_READY\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x02\x12\x1c\n\x18\x41\x44\x41PTER_STATE_SUPERSEDED\x10\x03\x32\xa4\x05\n\x0e\x41\x64\x61pterService\x12J\n\x0bLoadAdapter\x12\x1c.lorax.v1.LoadAdapterRequest\x1a\x1d.lorax.v1.LoadAdapterResponse\x12R\n\rUploadAdapter\x12\x1e.lorax.v1.UploadAdapterRequest\x1a\x1f.lorax.v1.UploadAdapterResponse(\x01\x12P\n\rUpdateAdapter\x12\x1e.lorax.v1.UpdateAdapterRequest\x1a\x1f.lorax.v1.UpdateAdapterResponse\x12S\n\x0eInspectAdapter\x12\x1f.lorax.v1.InspectAdapterRequest\x1a .lorax.v1.InspectAdapterResponse\x12P\n\rUnloadAdapter\x12\x1e.lorax.v1.UnloadAdapterRequest\x1a\x1f.lorax.v1.UnloadAdapterResponse\x12V\n\x0fRollbackAdapter\x12 .lorax.v1.RollbackAdapterRequest\x1a!.lorax.v1.RollbackAdapterResponse\x12M\n\x0cListAdapters\x12\x1d.lorax.v1.ListAdaptersRequest\x1a\x1e.lorax.v1.ListAdaptersResponse\x12R\n\rWatchAdapters\x12\x1e.lorax.v1.WatchAdaptersRequest\x1a\x1f.lorax.v1.WatchAdaptersResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorax.v1.adapter_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROBEOUTCOME']._serialized_start=1624
-  _globals['_PROBEOUTCOME']._serialized_end=1750
-  _globals['_ADAPTERSTATE']._serialized_start=1753
-  _globals['_ADAPTERSTATE']._serialized_end=1881
-  _globals['_LOADADAPTERREQUEST']._serialized_start=69
-  _globals['_LOADADAPTERREQUEST']._serialized_end=169
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=171
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=266
-  _globals['_INSPECTADAPTERREQUEST']._serialized_start=268
-  _globals['_INSPECTADAPTERREQUEST']._serialized_end=339
-  _globals['_INSPECTADAPTERRESPONSE']._serialized_start=341
-  _globals['_INSPECTADAPTERRESPONSE']._serialized_end=403
-  _globals['_LOADREPORT']._serialized_start=406
-  _globals['_LOADREPORT']._serialized_end=819
-  _globals['_MODULEREPORT']._serialized_start=821
-  _globals['_MODULEREPORT']._serialized_end=907
-  _globals['_PROBEREPORT']._serialized_start=909
-  _globals['_PROBEREPORT']._serialized_end=1035
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1037
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1079
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1081
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1125
-  _globals['_ROLLBACKADAPTERREQUEST']._serialized_start=1127
-  _globals['_ROLLBACKADAPTERREQUEST']._serialized_end=1203
-  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_start=1205
-  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_end=1266
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1268
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1289
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1291
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1350
-  _globals['_ADAPTER']._serialized_start=1353
-  _globals['_ADAPTER']._serialized_end=1622
-  _globals['_ADAPTERSERVICE']._serialized_start=1884
-  _globals['_ADAPTERSERVICE']._serialized_end=2310
+  _globals['_PROBEOUTCOME']._serialized_start=2510
+  _globals['_PROBEOUTCOME']._serialized_end=2636
+  _globals['_ADAPTEREVENT']._serialized_start=2639
+  _globals['_ADAPTEREVENT']._serialized_end=2845
+  _globals['_ADAPTERTIER']._serialized_start=2847
+  _globals['_ADAPTERTIER']._serialized_end=2961
+  _globals['_ADAPTERSTATE']._serialized_start=2964
+  _globals['_ADAPTERSTATE']._serialized_end=3092
+  _globals['_LOADADAPTERREQUEST']._serialized_start=70
+  _globals['_LOADADAPTERREQUEST']._serialized_end=202
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=204
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=292
+  _globals['_UPLOADHEADER']._serialized_start=295
+  _globals['_UPLOADHEADER']._serialized_end=454
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=456
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=553
+  _globals['_UPDATEADAPTERREQUEST']._serialized_start=555
+  _globals['_UPDATEADAPTERREQUEST']._serialized_end=661
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_start=663
+  _globals['_UPDATEADAPTERRESPONSE']._serialized_end=722
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=724
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=819
+  _globals['_INSPECTADAPTERREQUEST']._serialized_start=821
+  _globals['_INSPECTADAPTERREQUEST']._serialized_end=892
+  _globals['_INSPECTADAPTERRESPONSE']._serialized_start=894
+  _globals['_INSPECTADAPTERRESPONSE']._serialized_end=956
+  _globals['_LOADREPORT']._serialized_start=959
+  _globals['_LOADREPORT']._serialized_end=1372
+  _globals['_MODULEREPORT']._serialized_start=1374
+  _globals['_MODULEREPORT']._serialized_end=1460
+  _globals['_PROBEREPORT']._serialized_start=1462
+  _globals['_PROBEREPORT']._serialized_end=1588
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1590
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1632
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1634
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1740
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_start=1742
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_end=1818
+  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_start=1820
+  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_end=1881
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1883
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1904
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1906
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1965
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1967
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=2029
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=2032
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=2183
+  _globals['_ADAPTER']._serialized_start=2186
+  _globals['_ADAPTER']._serialized_end=2508
+  _globals['_ADAPTERSERVICE']._serialized_start=3095
+  _globals['_ADAPTERSERVICE']._serialized_end=3771
 # @@protoc_insertion_point(module_scope)

@@ -18,6 +18,23 @@ class ProbeOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PROBE_OUTCOME_PASSED: _ClassVar[ProbeOutcome]
     PROBE_OUTCOME_FAILED: _ClassVar[ProbeOutcome]
 
+class AdapterEvent(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ADAPTER_EVENT_UNSPECIFIED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_PRESENT: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_SYNCED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_LOADED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_CHANGED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_UNLOADED: _ClassVar[AdapterEvent]
+    ADAPTER_EVENT_REFUSED: _ClassVar[AdapterEvent]
+
+class AdapterTier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ADAPTER_TIER_UNSPECIFIED: _ClassVar[AdapterTier]
+    ADAPTER_TIER_DEVICE: _ClassVar[AdapterTier]
+    ADAPTER_TIER_HOST: _ClassVar[AdapterTier]
+    ADAPTER_TIER_DISK: _ClassVar[AdapterTier]
+
 class AdapterState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ADAPTER_STATE_UNSPECIFIED: _ClassVar[AdapterState]
@@ -28,20 +45,81 @@ PROBE_OUTCOME_UNSPECIFIED: ProbeOutcome
 PROBE_OUTCOME_UNCHECKED: ProbeOutcome
 PROBE_OUTCOME_PASSED: ProbeOutcome
 PROBE_OUTCOME_FAILED: ProbeOutcome
+ADAPTER_EVENT_UNSPECIFIED: AdapterEvent
+ADAPTER_EVENT_PRESENT: AdapterEvent
+ADAPTER_EVENT_SYNCED: AdapterEvent
+ADAPTER_EVENT_LOADED: AdapterEvent
+ADAPTER_EVENT_CHANGED: AdapterEvent
+ADAPTER_EVENT_UNLOADED: AdapterEvent
+ADAPTER_EVENT_REFUSED: AdapterEvent
+ADAPTER_TIER_UNSPECIFIED: AdapterTier
+ADAPTER_TIER_DEVICE: AdapterTier
+ADAPTER_TIER_HOST: AdapterTier
+ADAPTER_TIER_DISK: AdapterTier
 ADAPTER_STATE_UNSPECIFIED: AdapterState
 ADAPTER_STATE_READY: AdapterState
 ADAPTER_STATE_DRAINING: AdapterState
 ADAPTER_STATE_SUPERSEDED: AdapterState
 
 class LoadAdapterRequest(_message.Message):
-    __slots__ = ("adapter_id", "path", "weight")
+    __slots__ = ("adapter_id", "path", "weight", "pinned")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     path: str
     weight: int
-    def __init__(self, adapter_id: _Optional[str] = ..., path: _Optional[str] = ..., weight: _Optional[int] = ...) -> None: ...
+    pinned: bool
+    def __init__(self, adapter_id: _Optional[str] = ..., path: _Optional[str] = ..., weight: _Optional[int] = ..., pinned: _Optional[bool] = ...) -> None: ...
+
+class UploadAdapterRequest(_message.Message):
+    __slots__ = ("header", "data")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    header: UploadHeader
+    data: bytes
+    def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class UploadHeader(_message.Message):
+    __slots__ = ("adapter_id", "digest", "config_bytes", "weights_bytes", "weight", "pinned")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    digest: str
+    config_bytes: int
+    weights_bytes: int
+    weight: int
+    pinned: bool
+    def __init__(self, adapter_id: _Optional[str] = ..., digest: _Optional[str] = ..., config_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., weight: _Optional[int] = ..., pinned: _Optional[bool] = ...) -> None: ...
+
+class UploadAdapterResponse(_message.Message):
+    __slots__ = ("adapter", "report")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    adapter: Adapter
+    report: LoadReport
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., report: _Optional[_Union[LoadReport, _Mapping]] = ...) -> None: ...
+
+class UpdateAdapterRequest(_message.Message):
+    __slots__ = ("adapter_id", "weight", "pinned")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    weight: int
+    pinned: bool
+    def __init__(self, adapter_id: _Optional[str] = ..., weight: _Optional[int] = ..., pinned: _Optional[bool] = ...) -> None: ...
+
+class UpdateAdapterResponse(_message.Message):
+    __slots__ = ("adapter",)
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    adapter: Adapter
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
 
 class LoadAdapterResponse(_message.Message):
     __slots__ = ("adapter", "report")
@@ -138,10 +216,16 @@ class UnloadAdapterRequest(_message.Message):
     def __init__(self, adapter_id: _Optional[str] = ...) -> None: ...
 
 class UnloadAdapterResponse(_message.Message):
-    __slots__ = ("freed_bytes",)
+    __slots__ = ("freed_bytes", "host_bytes", "device_bytes", "disk_bytes")
     FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
     freed_bytes: int
-    def __init__(self, freed_bytes: _Optional[int] = ...) -> None: ...
+    host_bytes: int
+    device_bytes: int
+    disk_bytes: int
+    def __init__(self, freed_bytes: _Optional[int] = ..., host_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ...) -> None: ...
 
 class RollbackAdapterRequest(_message.Message):
     __slots__ = ("adapter_id", "digest")
@@ -167,8 +251,28 @@ class ListAdaptersResponse(_message.Message):
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
     def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
 
+class WatchAdaptersRequest(_message.Message):
+    __slots__ = ("adapter_id",)
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: str
+    def __init__(self, adapter_id: _Optional[str] = ...) -> None: ...
+
+class WatchAdaptersResponse(_message.Message):
+    __slots__ = ("event", "adapter_id", "adapter", "message", "reason")
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    event: AdapterEvent
+    adapter_id: str
+    adapter: Adapter
+    message: str
+    reason: str
+    def __init__(self, event: _Optional[_Union[AdapterEvent, str]] = ..., adapter_id: _Optional[str] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ..., message: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class Adapter(_message.Message):
-    __slots__ = ("adapter_id", "version", "digest", "state", "rank", "module_count", "host_bytes", "active_requests", "total_requests", "last_used", "weight")
+    __slots__ = ("adapter_id", "version", "digest", "state", "rank", "module_count", "host_bytes", "active_requests", "total_requests", "last_used", "weight", "pinned", "tier")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +284,8 @@ class Adapter(_message.Message):
     TOTAL_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     LAST_USED_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     version: int
     digest: str
@@ -191,4 +297,6 @@ class Adapter(_message.Message):
     total_requests: int
     last_used: _timestamp_pb2.Timestamp
     weight: int
-    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., rank: _Optional[int] = ..., module_count: _Optional[int] = ..., host_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., total_requests: _Optional[int] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., weight: _Optional[int] = ...) -> None: ...
+    pinned: bool
+    tier: AdapterTier
+    def __init__(self, adapter_id: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[AdapterState, str]] = ..., rank: _Optional[int] = ..., module_count: _Optional[int] = ..., host_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., total_requests: _Optional[int] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., weight: _Optional[int] = ..., pinned: _Optional[bool] = ..., tier: _Optional[_Union[AdapterTier, str]] = ...) -> None: ...

@@ -39,6 +39,16 @@ class AdapterServiceStub:
                 request_serializer=lorax_dot_v1_dot_adapter__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=lorax_dot_v1_dot_adapter__pb2.LoadAdapterResponse.FromString,
                 _registered_method=True)
+        self.UploadAdapter = channel.stream_unary(
+                '/lorax.v1.AdapterService/UploadAdapter',
+                request_serializer=lorax_dot_v1_dot_adapter__pb2.UploadAdapterRequest.SerializeToString,
+                response_deserializer=lorax_dot_v1_dot_adapter__pb2.UploadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UpdateAdapter = channel.unary_unary(
+                '/lorax.v1.AdapterService/UpdateAdapter',
+                request_serializer=lorax_dot_v1_dot_adapter__pb2.UpdateAdapterRequest.SerializeToString,
+                response_deserializer=lorax_dot_v1_dot_adapter__pb2.UpdateAdapterResponse.FromString,
+                _registered_method=True)
         self.InspectAdapter = channel.unary_unary(
                 '/lorax.v1.AdapterService/InspectAdapter',
                 request_serializer=lorax_dot_v1_dot_adapter__pb2.InspectAdapterRequest.SerializeToString,
@@ -59,6 +69,11 @@ class AdapterServiceStub:
                 request_serializer=lorax_dot_v1_dot_adapter__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=lorax_dot_v1_dot_adapter__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.WatchAdapters = channel.unary_stream(
+                '/lorax.v1.AdapterService/WatchAdapters',
+                request_serializer=lorax_dot_v1_dot_adapter__pb2.WatchAdaptersRequest.SerializeToString,
+                response_deserializer=lorax_dot_v1_dot_adapter__pb2.WatchAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -66,9 +81,25 @@ class AdapterServiceServicer:
 
     def LoadAdapter(self, request, context):
         """Loads an adapter, or replaces what its name means: requests that run keep the version that
-        they started with. Loading what is loaded already changes its weight
-        at most. Answers when the adapter
-        can be used; the load goes on if the call is cancelled.
+        they started with. Loading what is loaded already changes its weight and pin at most. Answers
+        when the adapter can be used; the load goes on if the call is cancelled.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadAdapter(self, request_iterator, context):
+        """Loads an adapter whose files the client sends: first a header, then the bytes of
+        adapter_config.json, and then those of adapter_model.safetensors, in messages of any size below
+        4 MiB. The server must have been started with --state. Answers as LoadAdapter; nothing is left
+        of what was not sent whole.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateAdapter(self, request, context):
+        """Changes the weight or the pin of what a name means.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,6 +136,14 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchAdapters(self, request, context):
+        """Sends what is in memory, and then every change as it happens, until the call is cancelled. A
+        client that does not read ends with RESOURCE_EXHAUSTED, instead of missing a change unnoticed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +151,16 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.LoadAdapter,
                     request_deserializer=lorax_dot_v1_dot_adapter__pb2.LoadAdapterRequest.FromString,
                     response_serializer=lorax_dot_v1_dot_adapter__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UploadAdapter': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadAdapter,
+                    request_deserializer=lorax_dot_v1_dot_adapter__pb2.UploadAdapterRequest.FromString,
+                    response_serializer=lorax_dot_v1_dot_adapter__pb2.UploadAdapterResponse.SerializeToString,
+            ),
+            'UpdateAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateAdapter,
+                    request_deserializer=lorax_dot_v1_dot_adapter__pb2.UpdateAdapterRequest.FromString,
+                    response_serializer=lorax_dot_v1_dot_adapter__pb2.UpdateAdapterResponse.SerializeToString,
             ),
             'InspectAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.InspectAdapter,
@@ -132,6 +181,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=lorax_dot_v1_dot_adapter__pb2.ListAdaptersRequest.FromString,
                     response_serializer=lorax_dot_v1_dot_adapter__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'WatchAdapters': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAdapters,
+                    request_deserializer=lorax_dot_v1_dot_adapter__pb2.WatchAdaptersRequest.FromString,
+                    response_serializer=lorax_dot_v1_dot_adapter__pb2.WatchAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -161,6 +215,60 @@ class AdapterService:
             '/lorax.v1.AdapterService/LoadAdapter',
             lorax_dot_v1_dot_adapter__pb2.LoadAdapterRequest.SerializeToString,
             lorax_dot_v1_dot_adapter__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/lorax.v1.AdapterService/UploadAdapter',
+            lorax_dot_v1_dot_adapter__pb2.UploadAdapterRequest.SerializeToString,
+            lorax_dot_v1_dot_adapter__pb2.UploadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorax.v1.AdapterService/UpdateAdapter',
+            lorax_dot_v1_dot_adapter__pb2.UpdateAdapterRequest.SerializeToString,
+            lorax_dot_v1_dot_adapter__pb2.UpdateAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -269,6 +377,33 @@ class AdapterService:
             '/lorax.v1.AdapterService/ListAdapters',
             lorax_dot_v1_dot_adapter__pb2.ListAdaptersRequest.SerializeToString,
             lorax_dot_v1_dot_adapter__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorax.v1.AdapterService/WatchAdapters',
+            lorax_dot_v1_dot_adapter__pb2.WatchAdaptersRequest.SerializeToString,
+            lorax_dot_v1_dot_adapter__pb2.WatchAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,
