@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from lorax_serve.client import AsyncClient
-from lorax_serve.errors import LoraxError
+from lorax_serve.errors import AdapterConflict, LoraxError
 from lorax_serve.store.digest import digest_of
 from tests.e2e.conftest import StartServer
 from tests.e2e.test_serving import client_of
@@ -98,7 +98,7 @@ async def test_a_request_may_ask_for_one_version_and_rolling_back_is_one_call(
 async def test_what_was_acknowledged_survives_kill_9(
     tiny_model: Path, make_adapter: Callable[..., Path], tmp_path: Path, kills: int
 ) -> None:
-    """A server is killed at random points of loads, rollbacks and unloads."""
+    """A server is killed at random points of loads, uploads, rollbacks and unloads."""
     adapters = tmp_path / "source"
     adapters.mkdir()
     digests = {}
@@ -114,7 +114,7 @@ async def test_what_was_acknowledged_survives_kill_9(
         try:
             async with client:
                 await _check(client, expected, state)
-                work = asyncio.create_task(_work(client, choose, digests, expected))
+                work = asyncio.create_task(_work(client, choose, adapters, digests, expected))
                 await asyncio.sleep(choose.uniform(0.02, 0.4))
                 os.killpg(process.pid, signal.SIGKILL)
                 with contextlib.suppress(LoraxError):
@@ -158,11 +158,12 @@ def _ready_line(stream: Iterable[str]) -> str:
 async def _work(
     client: AsyncClient,
     choose: random.Random,
+    adapters: Path,
     digests: dict[str, str],
     expected: dict[str, set[str | None]],
 ) -> None:
-    """Load and unload at random; ``expected`` has what each name may mean, two things while a call
-    is not answered."""
+    """Load, upload, roll back and unload at random; ``expected`` has what each name may mean, more
+    than one thing while a call is not answered."""
     while True:
         name = choose.choice(["poet", "pilot"])
         now = expected.get(name, {None})
@@ -170,10 +171,19 @@ async def _work(
             expected[name] = now | {None}
             await client.unload_adapter(name)
             expected[name] = {None}
+        elif now != {None} and choose.random() < 0.2:
+            expected[name] = now | {*digests.values()}
+            try:
+                expected[name] = {(await client.roll_back_adapter(name)).digest}
+            except AdapterConflict:  # it has no earlier version
+                expected[name] = now
         else:
             path = choose.choice(sorted(digests))
             expected[name] = now | {digests[path]}
-            await client.load_adapter(name, path)
+            if choose.random() < 0.5:
+                await client.load_adapter(name, path)
+            else:
+                await client.upload_adapter(name, adapters / path)
             expected[name] = {digests[path]}
 
 
