@@ -152,7 +152,7 @@ class TierMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def pin(self, data: st.DataObject) -> None:
         version = self.one_of(data, list(self.tiers.sizes))
-        instead = data.draw(st.none() | st.sampled_from(sorted(self.tiers.pinned) or [None]))
+        instead = data.draw(st.sampled_from([None, *sorted(self.tiers.pinned)]))
         try:
             self.tiers.store.pin(version, instead)
         except Overloaded:

@@ -24,9 +24,8 @@ async def take(watch: AsyncIterator[AdapterEvent], number: int) -> list[Told]:
         while len(told) < number:
             event = await anext(watch)
             each = event.adapter
-            told.append(
-                (event.kind, event.name, each and each.state, each.version if each else None)
-            )
+            state, version = (each.state, each.version) if each else (None, None)
+            told.append((event.kind, event.name, state, version))
     return told
 
 
