@@ -30,11 +30,10 @@ PROMPTS = [f"w{n} w{n + 1} w{n + 2}" for n in range(10, 14)]
 
 async def answers(client: AsyncClient) -> list[tuple[str, ...]]:
     """What the good adapters and the base model say to the prompts, all at once."""
-    draws: tuple[GenerateOptions, ...] = ({}, {"seed": 7, "top_p": 0.9})
+    long: GenerateOptions = {"max_new_tokens": 40, "ignore_eos": True, "return_tokens": True}
+    draws: tuple[GenerateOptions, ...] = (long, {**long, "seed": 7, "top_p": 0.9})
     asked = [
-        client.generate(
-            prompt, adapter=adapter, max_new_tokens=40, ignore_eos=True, return_tokens=True, **draw
-        )
+        client.generate(prompt, adapter=adapter, **draw)
         for prompt in PROMPTS
         for adapter in ("good0", "good1", None)
         for draw in draws
