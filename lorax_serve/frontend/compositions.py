@@ -1,7 +1,8 @@
 """Several adapters that requests name together, each with its scale, as one more adapter.
 
-A composition holds its parts: none of them is freed while it is there. It stays, unused, for the
-next request that names the same, until others need its place or one of its parts is to go.
+A composition binds its parts: none of them is freed while it is there. It stays, unused, for the
+next request that names the same, until others need its place or one of its parts is to go. A
+request that uses it holds both it and its parts.
 """
 
 from __future__ import annotations
@@ -63,7 +64,6 @@ class Compositions:
     Args:
         engine: makes and frees them.
         next_key: gives a number that no other version in the engine has.
-        hold, release: count the references to a version.
         in_background: runs to its end, whatever becomes of the caller.
     """
 
@@ -71,14 +71,10 @@ class Compositions:
         self,
         engine: Composer,
         next_key: Callable[[], int],
-        hold: Callable[[Adapter], None],
-        release: Callable[[Adapter], None],
         in_background: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
     ) -> None:
         self._engine = engine
         self._next_key = next_key
-        self._hold = hold
-        self._release = release
         self._in_background = in_background
         self._made: OrderedDict[_Key, Composed] = OrderedDict()
         """The least recently used first."""
@@ -88,7 +84,7 @@ class Compositions:
         return len(self._made)
 
     async def acquire(self, parts: Sequence[tuple[Adapter, float]]) -> Composed:
-        """Pin the composition of these versions, which the caller holds; made if need be.
+        """Hold the composition of these versions, which the caller holds; made if need be.
 
         Raises:
             AdapterRejected: one of them is more than LoRA.
@@ -97,13 +93,15 @@ class Compositions:
         key = tuple((adapter.key, scale) for adapter, scale in parts)
         composed = self._made.get(key)
         if composed is None:
-            return await self._acquire_new(key, tuple(parts))
-        self._made.move_to_end(key)
-        self._hold(composed)
+            composed = await self._acquire_new(key, tuple(parts))
+        else:
+            self._made.move_to_end(key)
+            composed.hold()
+        composed.weight = max(adapter.weight for adapter, _ in parts)  # which may have changed
         return composed
 
     def released(self, composed: Composed) -> None:
-        """A request that had acquired it has ended."""
+        """It has been released by a request that had acquired it."""
         if composed.references == 0:
             if composed.leaving:
                 self._drop(composed)
@@ -122,6 +120,8 @@ class Compositions:
     async def _acquire_new(self, key: _Key, parts: _Parts) -> Composed:
         making = self._making.get(key)
         if making is None:
+            for adapter, _ in parts:
+                adapter.bind()
             making = self._making[key] = _Making(self._in_background(self._make(key, parts)))
         making.waiting += 1
         try:
@@ -130,13 +130,12 @@ class Compositions:
             making.waiting -= 1
             task = making.task
             if task.done() and not task.cancelled() and not task.exception():
-                self._release(task.result())  # it was held for this one too
+                task.result().release()  # it was held for this one too
+                self.released(task.result())
             raise
 
     async def _make(self, key: _Key, parts: _Parts) -> Composed:
-        """Make one, and hold it for all who wait by then."""
-        for adapter, _ in parts:
-            self._hold(adapter)
+        """Make one of parts that are bound, and hold it for all who wait by then."""
         number = self._next_key()
         try:
             info = await self._engine.compose_adapter(
@@ -145,7 +144,7 @@ class Compositions:
             )
         except BaseException:
             for adapter, _ in parts:
-                self._release(adapter)
+                adapter.unbind()
             raise
         finally:
             making = self._making.pop(key)
@@ -155,11 +154,10 @@ class Compositions:
             info=info,
             path=Path(),
             key=number,
-            weight=max(adapter.weight for adapter, _ in parts),
             parts=parts,
         )
         for _ in range(making.waiting):
-            self._hold(composed)
+            composed.hold()
         if not any(adapter.going for adapter, _ in parts):
             self._made[key] = composed
             self._make_room()
@@ -182,4 +180,4 @@ class Compositions:
             await self._engine.drop_adapter(composed.key)
         finally:
             for adapter, _ in composed.parts:
-                self._release(adapter)
+                adapter.unbind()

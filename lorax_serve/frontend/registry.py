@@ -117,9 +117,7 @@ class AdapterRegistry:
         """Loads that requests wait for."""
         self._backoff = Backoff()
         self._last_key = 0
-        self._compositions = Compositions(
-            engine, self._next_key, _hold, self.release, self._in_background
-        )
+        self._compositions = Compositions(engine, self._next_key, self._in_background)
 
     def acquire(self, name: str) -> Adapter:
         """Pin the version that ``name`` means now, or that ``name@digest`` is; ``release`` it when
@@ -134,7 +132,7 @@ class AdapterRegistry:
             raise AdapterNotFound(f"adapter_id {name!r} is not loaded; {self._known()}")
         adapter.requests += 1
         adapter.last_used = time.time()
-        _hold(adapter)
+        adapter.hold()
         return adapter
 
     async def admit(self, name: str) -> Adapter:
@@ -158,11 +156,10 @@ class AdapterRegistry:
 
     def release(self, adapter: Adapter) -> None:
         """Undo one ``acquire``."""
-        assert adapter.references > 0, f"{adapter.name} was released too often"
-        adapter.references -= 1
-        if adapter.references == 0:
-            adapter.unused.set()
+        adapter.release()
         if isinstance(adapter, Composed):
+            for part, _ in adapter.parts:
+                part.release()
             self._compositions.released(adapter)
 
     async def admit_together(self, named: Sequence[AdapterScale]) -> Adapter:
@@ -178,9 +175,10 @@ class AdapterRegistry:
             for name, scale in named:
                 parts.append((await self.admit(name), scale))
             return await self._compositions.acquire(parts)
-        finally:
+        except BaseException:
             for adapter, _ in parts:
-                self.release(adapter)
+                adapter.release()
+            raise
 
     def adapters(self) -> list[Adapter]:
         """All loaded versions, by name, those that drain included."""
@@ -329,7 +327,7 @@ class AdapterRegistry:
         directory, key = self._library.directory(digest), self._next_key()
         info = await self._engine.load_adapter(key, str(directory))
         adapter = Adapter(name, 0, info, directory, key, state=AdapterState.SUPERSEDED)
-        adapter.unused.set()
+        adapter.settle()
         if name not in self._by_name or self._by_name[name].info.digest == digest:
             await self._engine.drop_adapter(key)  # it was unloaded or rolled back meanwhile
             raise AdapterConflict(f"adapter {name!r} was changed by another call; try again")
@@ -355,8 +353,7 @@ class AdapterRegistry:
     def _flip(self, adapter: Adapter) -> None:
         """Let the name mean this version from now on."""
         current = self._by_name.get(adapter.name)
-        if adapter.references == 0:
-            adapter.unused.set()
+        adapter.settle()
         self._by_name[adapter.name] = adapter
         earlier = self._earlier.setdefault(adapter.name, {})
         twin = earlier.pop(adapter.info.digest, None)
@@ -521,11 +518,6 @@ class AdapterRegistry:
             return "no adapter is loaded"
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return f"loaded: {', '.join(names[:8])}{more}"
-
-
-def _hold(adapter: Adapter) -> None:
-    adapter.references += 1
-    adapter.unused.clear()
 
 
 def _check_name(name: str) -> None:
