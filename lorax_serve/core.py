@@ -136,8 +136,9 @@ class AdapterScale(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A version in a composition, as the engine reads it."""
+    """A version in a composition, as the engine reads it; the name is for messages."""
 
+    name: str
     path: str
     digest: str
     scale: float

@@ -100,9 +100,9 @@ class AdapterStore:
         version, info, weights = loaded.load.version, loaded.info, loaded.weights
         assert info is not None
         assert weights is not None
-        _check_size(info.nbytes, self._host.max_bytes, "host memory", "max-adapter-bytes")
+        _check_size(loaded, self._host.max_bytes, "host memory", "max-adapter-bytes")
         if (on_device := self._slots.max_bytes) is not None:
-            _check_size(info.nbytes, on_device, "device memory", "max-device-adapter-bytes")
+            _check_size(loaded, on_device, "device memory", "max-device-adapter-bytes")
         self._known[version] = info, loaded.load
         self._evict(self._host.add(version, info.nbytes, self._pinned()))
         if version in self._host:
@@ -149,6 +149,8 @@ class AdapterStore:
             if not self._host.lost(version):
                 return None
             log.warning("adapter version %d cannot be read again: %s", version, loaded.error)
+            if isinstance(loaded.error, EngineFailed):  # a part of a composition, and which
+                return loaded.error
             return EngineFailed(
                 f"the adapter cannot be read again from disk: {loaded.error}; restore its files, "
                 "or load the adapter again to serve the new ones"
@@ -207,9 +209,14 @@ class AdapterStore:
             self._settled = False  # a request may wait for it
 
 
-def _check_size(nbytes: int, max_bytes: int, what: str, flag: str) -> None:
+def _check_size(loaded: LoadFinished, max_bytes: int, what: str, flag: str) -> None:
+    assert loaded.info is not None
+    nbytes = loaded.info.nbytes
     if nbytes > max_bytes:
+        taker, advice = "the adapter takes", "train it with a smaller rank"
+        if loaded.load.parts:
+            taker, advice = "the adapters together take", "name fewer"
         raise Overloaded(
-            f"the adapter takes {nbytes} bytes, more than all of the {max_bytes} bytes of {what} "
-            f"for adapters (--{flag}); raise that limit or train it with a smaller rank"
+            f"{taker} {nbytes} bytes, more than all of the {max_bytes} bytes of {what} for "
+            f"adapters (--{flag}); raise that limit or {advice}"
         )

@@ -140,7 +140,10 @@ class Compositions:
         try:
             info = await self._engine.compose_adapter(
                 number,
-                tuple(Part(str(each.path), each.info.digest, scale) for each, scale in parts),
+                tuple(
+                    Part(each.name, str(each.path), each.info.digest, scale)
+                    for each, scale in parts
+                ),
             )
         except BaseException:
             for adapter, _ in parts:
