@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorax_serve.core import AdapterInfo, Part
+from lorax_serve.errors import Overloaded
 from lorax_serve.frontend.version import Adapter
 
 __all__ = ["Composed", "Composer", "Compositions"]
@@ -22,6 +23,8 @@ __all__ = ["Composed", "Composer", "Compositions"]
 # What is kept without being used. Each is known to the engine, and in memory only while that has
 # room.
 _MOST_IDLE = 64
+# They are made one after the other, on the thread that reads all adapters.
+_MOST_MAKING = 64
 
 _Key = tuple[tuple[int, float], ...]
 _Parts = tuple[tuple[Adapter, float], ...]
@@ -88,7 +91,7 @@ class Compositions:
 
         Raises:
             AdapterRejected: one of them is more than LoRA.
-            Overloaded: it does not fit into the memory for adapters.
+            Overloaded: it does not fit into the memory for adapters, or too many are being made.
         """
         key = tuple((adapter.key, scale) for adapter, scale in parts)
         composed = self._made.get(key)
@@ -120,6 +123,11 @@ class Compositions:
     async def _acquire_new(self, key: _Key, parts: _Parts) -> Composed:
         making = self._making.get(key)
         if making is None:
+            if len(self._making) >= _MOST_MAKING:
+                raise Overloaded(
+                    f"{len(self._making)} other combinations of adapters and scales are being "
+                    "made, the most at a time; try again later"
+                )
             for adapter, _ in parts:
                 adapter.bind()
             making = self._making[key] = _Making(self._in_background(self._make(key, parts)))

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from lorax_serve.core import AdapterInfo, AdapterScale, Part
-from lorax_serve.errors import AdapterConflict, AdapterNotFound, AdapterRejected, RejectReason
+from lorax_serve.errors import (
+    AdapterConflict,
+    AdapterNotFound,
+    AdapterRejected,
+    Overloaded,
+    RejectReason,
+)
 from lorax_serve.frontend import compositions
 from lorax_serve.frontend.compositions import Composed
 from lorax_serve.frontend.registry import AdapterRegistry
@@ -248,6 +254,28 @@ async def test_only_so_many_are_kept_unused(
     engine.composed = 0
     registry.release(await registry.admit_together([AdapterScale("a", 5)]))
     assert engine.composed == 0, "the last ones are those that are kept"
+
+
+async def test_only_so_many_are_made_at_a_time(
+    registry: AdapterRegistry, engine: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compositions, "_MOST_MAKING", 2)
+    made = await registry.admit_together([AdapterScale("a", 9)])
+    engine.go.clear()
+    tasks = [
+        asyncio.create_task(registry.admit_together([AdapterScale("a", scale)]))
+        for scale in (1, 2, 1, 3, 2)
+    ]
+    await settle()
+    assert await registry.admit_together([AdapterScale("a", 9)]) is made, "it is there"
+    engine.go.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    (refused,) = [result for result in results if isinstance(result, Exception)]
+    assert isinstance(refused, Overloaded)
+    assert results.index(refused) == 3
+    assert "2 other combinations of adapters and scales are being made" in str(refused)
+    registry.release(await registry.admit_together([AdapterScale("a", 3)]))
+    assert {each.name: each.references for each in registry.adapters()} == {"a": 6, "b": 0, "c": 0}
 
 
 @pytest.mark.parametrize("seed", range(20))
