@@ -41,7 +41,12 @@ class Local:
         runner = ModelRunner(config)
         loaded: queue.SimpleQueue[object] = queue.SimpleQueue()
         loader = AdapterLoader(
-            runner.modules, runner.fold, loaded.put, probe="off", fingerprint=runner.fingerprint
+            runner.modules,
+            runner.fold,
+            runner.without_copies,
+            loaded.put,
+            probe="off",
+            fingerprint=runner.fingerprint,
         )
         self.engine = Engine(config, runner, loader)
         self.vocab_size = runner.info.vocab_size

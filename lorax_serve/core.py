@@ -138,8 +138,9 @@ class AdapterScale(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A version in a composition, as the engine reads it."""
+    """A version in a composition, as the engine reads it; the name is for messages."""
 
+    name: str
     path: str
     digest: str
     scale: float
@@ -156,8 +157,8 @@ class GenerateRequest:
         priority: in [-2, 2]; each level doubles the share of a busy server.
 
     Raises:
-        InvalidRequest: the priority or a scale is out of range, an adapter is named twice, or both
-            an adapter and a composition are.
+        InvalidRequest: the priority or a scale is out of range, an adapter is named twice, too many
+            are, or both an adapter and a composition.
     """
 
     prompt: str | tuple[int, ...] | tuple[ChatMessage, ...]
@@ -175,10 +176,12 @@ class GenerateRequest:
             _check(alone, "adapter_id", "left out beside adapters", self.adapter_id)
             names = [part.adapter_id for part in self.composition]
             _check(len(names) <= MAX_PARTS, "adapters", f"at most {MAX_PARTS}", len(names))
-            _check(len(set(names)) == len(names), "adapters", "each another one", names)
-        for name, scale in self.composition:
-            within = -MAX_SCALE <= scale <= MAX_SCALE
-            _check(within, f"scale of {name!r}", f"in [-{MAX_SCALE}, {MAX_SCALE}]", scale)
+            for name, scale in self.composition:
+                if names.count(name) > 1:
+                    raise InvalidRequest(f"adapters: {name!r} is named twice; give it one scale")
+                within = -MAX_SCALE <= scale <= MAX_SCALE
+                need = f"in [-{MAX_SCALE}, {MAX_SCALE}]"
+                _check(within, f"adapters: scale of {name!r}", need, scale)
 
 
 class StopReason(Enum):

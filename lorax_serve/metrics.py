@@ -30,7 +30,14 @@ from lorax_serve.frontend.events import RegistryListener
 from lorax_serve.frontend.generator import RequestListener, TextStream
 from lorax_serve.frontend.version import Adapter
 
-__all__ = ["BASE_LABEL", "MAX_ADAPTER_LABELS", "OTHER_LABEL", "Metrics", "MetricsServer"]
+__all__ = [
+    "BASE_LABEL",
+    "COMPOSED_LABEL",
+    "MAX_ADAPTER_LABELS",
+    "OTHER_LABEL",
+    "Metrics",
+    "MetricsServer",
+]
 
 # No adapter's name starts with an underscore.
 BASE_LABEL = "_base"
@@ -234,7 +241,7 @@ class _AdapterCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All series."""
         now = self._stats()
-        known = "Loaded adapters, wherever their weights are"
+        known = "Loaded adapters and compositions of them, wherever their weights are"
         yield GaugeMetricFamily("lorax_adapters_loaded", known, now.known)
         resident = GaugeMetricFamily(
             "lorax_adapters_resident", "Adapters in memory, by tier", labels=["tier"]

@@ -20,18 +20,20 @@ def compose(parts: Sequence[tuple[str, LoRAWeights, float]]) -> LoRAWeights:
     lost, and nothing is merged into the base. In float32, before the fold rounds.
 
     Args:
-        parts: a name to call each by in errors, its weights, and its own weight in the sum.
+        parts: a name to call each by in errors, its weights, and its own weight in the sum. The
+            base's own weights, which PEFT stores beside LoRA on an embedding, must have been taken
+            out: any parameter that is left is taken for one that the adapter changes.
 
     Raises:
         AdapterRejected: a part is more than plain LoRA, whose sum would not be defined so.
     """
     for name, weights, _ in parts:
-        what = _beyond_lora(weights)
-        if what:
+        beyond = _beyond_lora(weights)
+        if beyond:
             raise AdapterRejected(
                 RejectReason.UNSUPPORTED,
-                f"adapter {name} cannot be composed with others: it has {what}, and only LoRA can "
-                "be added up",
+                f"adapter {name!r} has {beyond}: only plain LoRA can be added up or scaled; name "
+                "this adapter alone, in adapter_id",
             )
     paths = dict.fromkeys(path for _, weights, _ in parts for path in weights.pairs)
     pairs = {}
@@ -43,15 +45,17 @@ def compose(parts: Sequence[tuple[str, LoRAWeights, float]]) -> LoRAWeights:
                 a.append(pair.a.float())
                 b.append(pair.b.float() * (pair.scale * weight))
         pairs[path] = LoRAPair(torch.cat(a), torch.cat(b, dim=1), 1.0)
-    return LoRAWeights(pairs, {k: t for _, w, _ in parts for k, t in w.parameters.items()})
+    return LoRAWeights(pairs)
 
 
 def _beyond_lora(weights: LoRAWeights) -> str:
-    copies = {f"{path}.weight" for path in weights.pairs}  # the base's own, stored beside LoRA
+    """What else there is, in words."""
+    own = sorted(weights.parameters)
+    more = f" and {len(own) - 1} more" if len(own) > 1 else ""
     found = {
         "DoRA": any(pair.magnitude is not None for pair in weights.pairs.values()),
         "lora_bias": any(pair.bias is not None for pair in weights.pairs.values()),
-        "modules of its own": not weights.parameters.keys() <= copies,
+        f"its own {', '.join(own[:1])}{more} in place of the base's": own,
         "trained tokens": weights.tokens,
         "an invocation (aLoRA)": weights.invocation_tokens,
     }

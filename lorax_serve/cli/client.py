@@ -106,12 +106,14 @@ def _adapters(options: argparse.Namespace) -> Any:
     scales: dict[str, float] = {}
     for each in options.adapter:
         name, _, scale = each.rpartition(":") if ":" in each else (each, "", "1")
+        if name in scales:
+            raise InvalidRequest(f"--adapter names {name!r} twice; give it one scale")
         try:
             scales[name] = float(scale)
         except ValueError:
-            raise InvalidRequest(f"--adapter {each}: {scale!r} is no scale") from None
-    if len(scales) < len(options.adapter):
-        raise InvalidRequest("--adapter names an adapter twice")
+            raise InvalidRequest(
+                f"--adapter {each}: {scale!r} is no number; write NAME or NAME:SCALE"
+            ) from None
     return scales
 
 

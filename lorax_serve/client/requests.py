@@ -103,17 +103,26 @@ def generate_fields(
             raise InvalidRequest(f"{name} cannot be {value!r}: {error}") from None
     parameters.stopping.stop_sequences.extend([stop] if isinstance(stop, str) else stop)
     own: dict[str, Any] = {"priority": request.priority} if request.HasField("priority") else {}
-    if isinstance(adapter, Mapping):
-        try:
-            parts = [pb.AdapterScale(adapter_id=a, scale=scale) for a, scale in adapter.items()]
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"adapter: names and scales cannot be {adapter!r}") from error
-        if not parts:
-            raise InvalidRequest("adapter: names no adapter; None is the base model")
-        own["adapters"] = parts
-    else:
-        own["adapter_id"] = adapter
-    return {**prompt(text_or_ids_or_chat), "parameters": parameters, **own}
+    return {
+        **prompt(text_or_ids_or_chat),
+        "parameters": parameters,
+        **_adapter_fields(adapter),
+        **own,
+    }
+
+
+def _adapter_fields(adapter: Adapters) -> dict[str, Any]:
+    if adapter is None or isinstance(adapter, str):
+        return {"adapter_id": adapter}
+    if not isinstance(adapter, Mapping):
+        raise InvalidRequest(f"adapter must be a name, or scales by name, found {adapter!r}")
+    if not adapter:
+        raise InvalidRequest("adapter: names no adapter; None is the base model")
+    try:
+        parts = [pb.AdapterScale(adapter_id=name, scale=scale) for name, scale in adapter.items()]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidRequest(f"adapter: names and scales cannot be {adapter!r}: {error}") from None
+    return {"adapters": parts}
 
 
 def prompt(text_or_ids_or_chat: Prompt) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lorax_serve.adapter import LoRAWeights, ModuleShape
 from lorax_serve.adapter.files import AdapterFiles
 from lorax_serve.adapter.probe import Probe
 from lorax_serve.core import AdapterInfo, Part
-from lorax_serve.errors import AdapterRejected, LoraxError, RejectReason
+from lorax_serve.errors import AdapterRejected, EngineFailed, LoraxError, RejectReason
 from lorax_serve.model.runner import HostAdapter
 
 __all__ = ["AdapterLoader", "Load", "LoadFinished"]
@@ -80,6 +80,7 @@ class AdapterLoader:
     Args:
         modules: every linear module of the base model by path.
         fold: brings weights into the form that the device slots take.
+        without_copies: takes out what an adapter's file has of the base's own weights.
         finished: called on the loading thread with each result.
         probe: what becomes of golden probes, see ``EngineConfig.probe``.
         fingerprint: of the base's weights; asked for on the loading thread, by the first probe.
@@ -89,6 +90,7 @@ class AdapterLoader:
         self,
         modules: dict[str, ModuleShape],
         fold: Callable[[LoRAWeights], HostAdapter],
+        without_copies: Callable[[LoRAWeights], LoRAWeights],
         finished: Callable[[LoadFinished], None],
         *,
         probe: str,
@@ -96,6 +98,7 @@ class AdapterLoader:
     ) -> None:
         self._modules = modules
         self._fold = fold
+        self._without_copies = without_copies
         self._finished = finished
         self._policy = probe
         self._fingerprint = fingerprint
@@ -168,17 +171,13 @@ class AdapterLoader:
         """Read all parts, which were loaded before, and fold them as one."""
         started = time.perf_counter()
         try:
-            read = []
-            for path, digest, scale in load.parts:
-                files = leaf.read(path)
-                if files.digest != digest:
-                    raise _changed(path, files.digest, digest)
-                weights = leaf.match_weights(
-                    files.config, files.tensors, self._modules, probed=True
-                )
-                read.append((f"with digest {digest[:12]}", weights, scale))
+            read = [(part.name, self._part(part), part.scale) for part in load.parts]
             composed = leaf.compose(read)
             folded = self._fold(composed)
+        except AdapterRejected as error:
+            added = " + ".join(f"{part.scale:g} x {part.name}" for part in load.parts)
+            refusal = AdapterRejected(error.reason, f"{added}: {error}")
+            return LoadFinished(load, error=refusal)
         except LoraxError as error:
             return LoadFinished(load, error=error)
         except Exception as error:  # a defect of ours, but it must not end the thread
@@ -193,6 +192,24 @@ class AdapterLoader:
             nbytes=folded.nbytes,
         )
         return LoadFinished(load, info, folded, seconds=time.perf_counter() - started)
+
+    def _part(self, part: Part) -> LoRAWeights:
+        """Of an adapter that was loaded before: what it changes in the base.
+
+        Raises:
+            EngineFailed: its files have gone or changed.
+        """
+        try:
+            files = leaf.read(part.path)
+            if files.digest != part.digest:
+                raise _changed(part.path, files.digest, part.digest)
+            weights = leaf.match_weights(files.config, files.tensors, self._modules, probed=True)
+        except AdapterRejected as error:
+            raise EngineFailed(
+                f"adapter {part.name!r} cannot be read again from disk: {error}; restore its "
+                "files, or load it again to serve the new ones"
+            ) from error
+        return self._without_copies(weights)
 
     def _probe(self, files: AdapterFiles) -> tuple[Probe | None, str]:
         """The adapter's probe, and what is wrong with one that cannot be read.

@@ -101,9 +101,9 @@ class AdapterStore:
         assert info is not None
         assert weights is not None
         room = self._host.max_bytes - self._host.pinned_bytes
-        _check_size(info.nbytes, room, "host memory", "max-adapter-bytes")
+        _check_size(loaded, room, "host memory", "max-adapter-bytes")
         if (on_device := self._slots.max_bytes) is not None:
-            _check_size(info.nbytes, on_device, "device memory", "max-device-adapter-bytes")
+            _check_size(loaded, on_device, "device memory", "max-device-adapter-bytes")
         self._known[version] = info, loaded.load
         self._evict(self._host.add(version, info.nbytes, self._in_use()))
         if version in self._host:
@@ -181,6 +181,8 @@ class AdapterStore:
             if not self._host.lost(version):
                 return None
             log.warning("adapter version %d cannot be read again: %s", version, loaded.error)
+            if isinstance(loaded.error, EngineFailed):  # a part of a composition, and which
+                return loaded.error
             return EngineFailed(
                 f"the adapter cannot be read again from disk: {loaded.error}; restore its files, "
                 "or load the adapter again to serve the new ones"
@@ -239,10 +241,14 @@ class AdapterStore:
             self._settled = False  # a request may wait for it
 
 
-def _check_size(nbytes: int, max_bytes: int, what: str, flag: str) -> None:
+def _check_size(loaded: LoadFinished, max_bytes: int, what: str, flag: str) -> None:
+    assert loaded.info is not None
+    nbytes = loaded.info.nbytes
     if nbytes > max_bytes:
+        taker, advice = "the adapter takes", "train it with a smaller rank"
+        if loaded.load.parts:
+            taker, advice = "the adapters together take", "name fewer"
         raise Overloaded(
-            f"the adapter takes {nbytes} bytes, more than the {max_bytes} bytes of {what} that "
-            f"adapters have (--{flag}) beside pinned ones; raise that limit, or train it with a "
-            "smaller rank"
+            f"{taker} {nbytes} bytes, more than the {max_bytes} bytes of {what} that adapters have "
+            f"(--{flag}) beside pinned ones; raise that limit or {advice}"
         )

@@ -70,7 +70,12 @@ def _serve(config: EngineConfig, link: socket.socket, inbox: queue.SimpleQueue[o
         _send(link, StepReport(replies=[Reply(READY_CALL, error=failed)]))
         return
     loader = AdapterLoader(
-        runner.modules, runner.fold, inbox.put, probe=config.probe, fingerprint=runner.fingerprint
+        runner.modules,
+        runner.fold,
+        runner.without_copies,
+        inbox.put,
+        probe=config.probe,
+        fingerprint=runner.fingerprint,
     )
     engine = Engine(config, runner, loader)
     report = engine.take_report()

@@ -1,7 +1,8 @@
 """Several adapters that requests name together, each with its scale, as one more adapter.
 
-A composition holds its parts: none of them is freed while it is there. It stays, unused, for the
-next request that names the same, until others need its place or one of its parts is to go.
+A composition binds its parts: none of them is freed while it is there. It stays, unused, for the
+next request that names the same, until others need its place or one of its parts is to go. A
+request that uses it holds both it and its parts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorax_serve.core import Part
+from lorax_serve.errors import Overloaded
 from lorax_serve.frontend.background import Background
 from lorax_serve.frontend.version import Adapter
 from lorax_serve.frontend.versions import AdapterEngine, Versions
@@ -22,6 +24,8 @@ __all__ = ["Composed", "Compositions"]
 # What is kept without being used. Each is known to the engine, and in memory only while that has
 # room.
 _MOST_IDLE = 64
+# They are made one after the other, on the thread that reads all adapters.
+_MOST_MAKING = 64
 
 _Key = tuple[tuple[int, float], ...]
 _Parts = tuple[tuple[Adapter, float], ...]
@@ -69,23 +73,24 @@ class Compositions:
         return len(self._made)
 
     async def acquire(self, parts: Sequence[tuple[Adapter, float]]) -> Composed:
-        """Pin the composition of these versions, which the caller holds; made if need be.
+        """Hold the composition of these versions, which the caller holds; made if need be.
 
         Raises:
             AdapterRejected: one of them is more than LoRA.
-            Overloaded: it does not fit into the memory for adapters.
+            Overloaded: it does not fit into the memory for adapters, or too many are being made.
         """
         key = tuple((adapter.key, scale) for adapter, scale in parts)
         composed = self._made.get(key)
         if composed is None:
-            return await self._acquire_new(key, tuple(parts))
-        self._made.move_to_end(key)
-        self._versions.hold(composed)
+            composed = await self._acquire_new(key, tuple(parts))
+        else:
+            self._made.move_to_end(key)
+            composed.hold()
+        composed.weight = max(adapter.weight for adapter, _ in parts)  # which may have changed
         return composed
 
-    def release(self, composed: Composed) -> None:
-        """Undo one ``acquire``."""
-        self._versions.release(composed)
+    def released(self, composed: Composed) -> None:
+        """It has been released by a request that had acquired it."""
         if composed.references == 0:
             if composed.leaving:
                 self._drop(composed)
@@ -104,6 +109,13 @@ class Compositions:
     async def _acquire_new(self, key: _Key, parts: _Parts) -> Composed:
         making = self._making.get(key)
         if making is None:
+            if len(self._making) >= _MOST_MAKING:
+                raise Overloaded(
+                    f"{len(self._making)} other combinations of adapters and scales are being "
+                    "made, the most at a time; try again later"
+                )
+            for adapter, _ in parts:
+                adapter.bind()
             making = self._making[key] = _Making(self._background.run(self._make(key, parts)))
         making.waiting += 1
         try:
@@ -112,22 +124,24 @@ class Compositions:
             making.waiting -= 1
             task = making.task
             if task.done() and not task.cancelled() and not task.exception():
-                self.release(task.result())  # it was held for this one too
+                task.result().release()  # it was held for this one too
+                self.released(task.result())
             raise
 
     async def _make(self, key: _Key, parts: _Parts) -> Composed:
-        """Make one, and hold it for all who wait by then."""
-        for adapter, _ in parts:
-            self._versions.hold(adapter)
+        """Make one of parts that are bound, and hold it for all who wait by then."""
         number = self._versions.next_key()
         try:
             info = await self._engine.compose_adapter(
                 number,
-                tuple(Part(str(each.path), each.info.digest, scale) for each, scale in parts),
+                tuple(
+                    Part(each.name, str(each.path), each.info.digest, scale)
+                    for each, scale in parts
+                ),
             )
         except BaseException:
             for adapter, _ in parts:
-                self._versions.release(adapter)
+                adapter.unbind()
             raise
         finally:
             making = self._making.pop(key)
@@ -137,11 +151,10 @@ class Compositions:
             info=info,
             path=Path(),
             key=number,
-            weight=max(adapter.weight for adapter, _ in parts),
             parts=parts,
         )
         for _ in range(making.waiting):
-            self._versions.hold(composed)
+            composed.hold()
         if not any(adapter.going for adapter, _ in parts):
             self._made[key] = composed
             self._make_room()
@@ -164,4 +177,4 @@ class Compositions:
             await self._engine.drop_adapter(composed.key)
         finally:
             for adapter, _ in composed.parts:
-                self._versions.release(adapter)
+                adapter.unbind()

@@ -93,7 +93,7 @@ class AdapterRegistry:
             raise AdapterNotFound(f"adapter_id {name!r} is not loaded; {self._names}")
         adapter.requests += 1
         adapter.last_used = time.time()
-        self._versions.hold(adapter)
+        adapter.hold()
         return adapter
 
     async def admit(self, name: str) -> Adapter:
@@ -127,16 +127,18 @@ class AdapterRegistry:
             for name, scale in named:
                 parts.append((await self.admit(name), scale))
             return await self._compositions.acquire(parts)
-        finally:
+        except BaseException:
             for adapter, _ in parts:
-                self.release(adapter)
+                adapter.release()
+            raise
 
     def release(self, adapter: Adapter) -> None:
         """Undo one ``acquire``."""
+        adapter.release()
         if isinstance(adapter, Composed):
-            self._compositions.release(adapter)
-        else:
-            self._versions.release(adapter)
+            for part, _ in adapter.parts:
+                part.release()
+            self._compositions.released(adapter)
 
     # Administration
 

@@ -43,11 +43,14 @@ class Adapter:
     """Whether its weights never leave host memory."""
     state: AdapterState = AdapterState.READY
     references: int = 0
+    """Requests that use it, by itself or together with others."""
+    compositions: int = 0
+    """Compositions that are made of it, whether or not a request uses them."""
     requests: int = 0
     last_used: float = field(default_factory=time.time)
     """Unix time of the last admission, or of the load."""
     unused: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while nobody holds it."""
+    """Set while neither requests nor compositions hold it."""
 
     def __post_init__(self) -> None:
         self.unused.set()
@@ -56,3 +59,29 @@ class Adapter:
     def going(self) -> bool:
         """Whether it is freed with its last request."""
         return self.state is AdapterState.DRAINING
+
+    def hold(self) -> None:
+        """For a request."""
+        self.references += 1
+        self.unused.clear()
+
+    def release(self) -> None:
+        """Undo one ``hold``."""
+        assert self.references > 0, f"{self.name} was released too often"
+        self.references -= 1
+        self._settle()
+
+    def bind(self) -> None:
+        """Make it a part of a composition."""
+        self.compositions += 1
+        self.unused.clear()
+
+    def unbind(self) -> None:
+        """Undo one ``bind``."""
+        assert self.compositions > 0, f"{self.name} was let go too often"
+        self.compositions -= 1
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.references == self.compositions == 0:
+            self.unused.set()

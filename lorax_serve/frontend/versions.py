@@ -90,18 +90,6 @@ class Versions:
         self._last_key += 1
         return self._last_key
 
-    def hold(self, adapter: Adapter) -> None:
-        """Count one more user of a version."""
-        adapter.references += 1
-        adapter.unused.clear()
-
-    def release(self, adapter: Adapter) -> None:
-        """Undo one ``hold``."""
-        assert adapter.references > 0, f"{adapter.name} was released too often"
-        adapter.references -= 1
-        if adapter.references == 0:
-            adapter.unused.set()
-
     def flip(self, adapter: Adapter) -> None:
         """Let its name mean this version from now on."""
         before = self._names.get(adapter.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -20,7 +20,7 @@ from lorax_serve.model.folded import (
 from lorax_serve.model.spec import DecoderSpec, Site, Slice
 from lorax_serve.model.weights import LinearWeights, Norm
 
-__all__ = ["BaseWeights", "fold"]
+__all__ = ["BaseWeights", "fold", "without_copies"]
 
 _NORM_ROWS = 1024
 
@@ -54,20 +54,42 @@ def fold(weights: LoRAWeights, base: BaseWeights) -> FoldedAdapter:
     Raises:
         AdapterRejected: it overflows the compute type once B is scaled.
     """
+    weights = without_copies(weights, base)
     sites = [*base.spec.sites(), base.spec.output_site()]
-    output = _fold_output(weights, base, len(sites) - 1)
+    output = _fold_output(weights, base)
     folded = FoldedAdapter(
         tuple(_fold_site(weights, base, index, site, output) for index, site in enumerate(sites)),
         _fold_embedding(weights, base),
         output,
     )
     if first_not_finite(folded.tensors) is not None:
+        largest = max(pair.scale for pair in weights.pairs.values())
+        scale = "" if largest == 1 else f" by {largest:g} (lora_alpha, r)"
         raise AdapterRejected(
-            RejectReason.NOT_FINITE,
-            f"the weights overflow {base.dtype} once B is scaled by "
-            f"{max(pair.scale for pair in weights.pairs.values()):g} (lora_alpha, r)",
+            RejectReason.NOT_FINITE, f"the weights overflow {base.dtype} once B is scaled{scale}"
         )
     return folded
+
+
+def without_copies(weights: LoRAWeights, base: BaseWeights) -> LoRAWeights:
+    """The same without the base's own weights, which PEFT stores beside LoRA on the embedding and
+    on the output. What differs from the base's in the compute type stays: it takes its place."""
+    own = {k: t for k, t in weights.parameters.items() if not _is_base(k, t, base)}
+    return replace(weights, parameters=own)
+
+
+def _is_base(name: str, tensor: torch.Tensor, base: BaseWeights) -> bool:
+    if name == f"{base.spec.embedding_path}.weight":
+        theirs = base.embedding_weights()
+    elif name == f"{_output_path(base)}.weight":
+        theirs = base.site_weights(len(base.spec.sites())).weight
+    else:
+        return False
+    return torch.equal(tensor.to(base.dtype), theirs.cpu())
+
+
+def _output_path(base: BaseWeights) -> str:
+    return base.spec.output_site().slices[0].path
 
 
 def _fold_site(
@@ -152,7 +174,7 @@ def _fold_norm(weights: LoRAWeights, base: BaseWeights, index: int, site: Site) 
 
 def _fold_embedding(weights: LoRAWeights, base: BaseWeights) -> EmbeddingChange | None:
     path = base.spec.embedding_path
-    table = _replacement(weights.parameters.get(f"{path}.weight"), base, base.embedding_weights)
+    table = _replacement(weights, path, base)
     pair, tokens = weights.pairs.get(path), weights.tokens.get(path)
     if pair is None:
         if table is None and tokens is None:
@@ -165,25 +187,18 @@ def _fold_embedding(weights: LoRAWeights, base: BaseWeights) -> EmbeddingChange 
     return EmbeddingChange(table, None, a, _scaled_b(pair, base), gain)
 
 
-def _fold_output(weights: LoRAWeights, base: BaseWeights, index: int) -> OutputChange | None:
-    path = base.spec.output_site().slices[0].path
-    weight = _replacement(
-        weights.parameters.get(f"{path}.weight"), base, lambda: base.site_weights(index).weight
-    )
+def _fold_output(weights: LoRAWeights, base: BaseWeights) -> OutputChange | None:
+    path = _output_path(base)
+    weight = _replacement(weights, path, base)
     tokens = weights.tokens.get(path)
     if weight is None and tokens is None:
         return None
     return OutputChange(weight, _token_table(tokens, base.dtype))
 
 
-def _replacement(
-    own: torch.Tensor | None, base: BaseWeights, theirs: Callable[[], torch.Tensor]
-) -> torch.Tensor | None:
-    """A full copy, unless it is the base's own weight, which PEFT stores beside LoRA on it."""
-    if own is None:
-        return None
-    own = own.to(base.dtype)
-    return None if torch.equal(own, theirs().cpu()) else own
+def _replacement(weights: LoRAWeights, path: str, base: BaseWeights) -> torch.Tensor | None:
+    own = weights.parameters.get(f"{path}.weight")
+    return None if own is None else own.to(base.dtype)
 
 
 def _token_table(tokens: TokenRows | None, dtype: torch.dtype) -> TokenTable | None:

@@ -18,7 +18,7 @@ from lorax_serve.kernels.cpu import load as load_kernels
 from lorax_serve.model.compiled_decoder import CompiledDecoder, check_sizes
 from lorax_serve.model.decoder import Decoder, ForwardBatch, PromptChunk
 from lorax_serve.model.fingerprint import base_fingerprint
-from lorax_serve.model.fold import fold
+from lorax_serve.model.fold import fold, without_copies
 from lorax_serve.model.folded import FoldedAdapter
 from lorax_serve.model.kv_cache import KVCache, affordable_tokens
 from lorax_serve.model.loader import load_weights
@@ -42,7 +42,8 @@ _DEFAULT_MAX_LENGTH = 4096
 class ModelRunner:
     """The base model, its KV cache and its adapter slots on one device.
 
-    Owned by one thread; only ``fold`` and ``fingerprint`` may be called from another.
+    Owned by one thread; only ``fold``, ``without_copies`` and ``fingerprint`` may be called from
+    another.
 
     Raises:
         ModelUnsupported: the model cannot be found or run, or the device is not there.
@@ -88,6 +89,10 @@ class ModelRunner:
     def fold(self, weights: LoRAWeights) -> HostAdapter:
         """``fold.fold``, then the form that the decoder's slots take; thread-safe."""
         return self._decoder.lora.prepare(fold(weights, self._decoder))
+
+    def without_copies(self, weights: LoRAWeights) -> LoRAWeights:
+        """``fold.without_copies``; thread-safe."""
+        return without_copies(weights, self._decoder)
 
     def fingerprint(self) -> str:
         """``base_fingerprint`` of the model's files, read once; for one thread at a time.

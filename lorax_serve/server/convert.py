@@ -62,7 +62,7 @@ def generate_request(message: Any) -> GenerateRequest:
     return GenerateRequest(
         prompt=prompt_of(message),
         adapter_id=_adapter_id(message),
-        composition=tuple(_adapter_scale(each) for each in message.adapters),
+        composition=tuple(_adapter_scale(*each) for each in enumerate(message.adapters)),
         sampling=SamplingParams(**sampling),
         stop=StopParams(stop_sequences=tuple(parameters.stopping.stop_sequences), **stopping),
         **_given(message, "priority"),
@@ -146,23 +146,25 @@ def event_message(event: AdapterEvent) -> Any:
 def _adapter_id(message: Any) -> str | None:
     if not message.HasField("adapter_id"):
         return None
-    adapter_id: str = message.adapter_id
-    if not adapter_id:
+    if not message.adapter_id:
         raise InvalidRequest("adapter_id is empty: leave it out for the base model")
+    return _sized(message.adapter_id, "adapter_id")
+
+
+def _adapter_scale(index: int, message: Any) -> AdapterScale:
+    field = f"adapters[{index}].adapter_id"
+    if not message.adapter_id:
+        raise InvalidRequest(f"{field} is missing: name an adapter")
+    scale = message.scale if message.HasField("scale") else 1.0
+    return AdapterScale(_sized(message.adapter_id, field), scale)
+
+
+def _sized(adapter_id: str, field: str) -> str:
     if len(adapter_id.partition("@")[0]) > _MAX_NAME:
         raise InvalidRequest(
-            f"adapter_id has {len(adapter_id)} characters; no adapter's name has more than "
-            f"{_MAX_NAME}"
+            f"{field} has {len(adapter_id)} characters; no adapter's name has more than {_MAX_NAME}"
         )
     return adapter_id
-
-
-def _adapter_scale(message: Any) -> AdapterScale:
-    name = _adapter_id(message)
-    if name is None:
-        raise InvalidRequest("adapters: adapter_id is missing: say which")
-    scale = message.scale if message.HasField("scale") else 1.0
-    return AdapterScale(name, scale)
 
 
 def _given(message: Any, *names: str) -> dict[str, Any]:

@@ -91,6 +91,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):  # type
     async def _start(self, message: Any, context: Any) -> TextStream:
         request = convert.generate_request(message)
         for key, value in context.invocation_metadata() or ():
+            if key == ADAPTER_METADATA and request.composition:
+                raise InvalidRequest(
+                    f"adapters is given, so leave out the metadata {ADAPTER_METADATA}, which names "
+                    f"one adapter (found {value[:128]!r})"
+                )
             if key == ADAPTER_METADATA and value != request.adapter_id:
                 raise InvalidRequest(
                     f"adapter_id is {request.adapter_id!r}, but the metadata {ADAPTER_METADATA} "

@@ -10,7 +10,14 @@ from typing import Any, TypeVar
 
 import pytest
 
-from lorax_serve.client import AsyncClient, Client, StopReason, TimedOut, Unavailable
+from lorax_serve.client import (
+    AppliedAdapter,
+    AsyncClient,
+    Client,
+    StopReason,
+    TimedOut,
+    Unavailable,
+)
 from lorax_serve.core import Freed
 from lorax_serve.errors import (
     AdapterConflict,
@@ -121,6 +128,39 @@ async def test_streams_carry_provenance_in_every_piece(harness: Harness) -> None
         harness, lambda client: list(client.stream("one two", adapter="poet", max_new_tokens=5))
     )
     assert "".join(piece.text for piece in again) == "".join(piece.text for piece in pieces)
+
+
+async def test_adapters_added_up(harness: Harness) -> None:
+    for name in ("poet", "pilot"):
+        harness.write_adapter(name, name)
+        await harness.client.load_adapter(name)
+    pilot, poet = await harness.client.list_adapters()
+    scales = {"poet": 0.5, "pilot": -2}
+    result = await harness.client.generate("one two", adapter=scales, seed=1, max_new_tokens=3)
+    assert result.adapters == (
+        AppliedAdapter("poet", poet.version, poet.digest, 0.5),
+        AppliedAdapter("pilot", pilot.version, pilot.digest, -2.0),
+    )
+    assert (result.adapter, result.adapter_version, result.adapter_digest) == (None, None, None)
+    assert result == await synchronous(
+        harness,
+        lambda client: client.generate("one two", adapter=scales, seed=1, max_new_tokens=3),
+    )
+    pieces = [piece async for piece in harness.client.stream("one two", adapter=scales)]
+    pieces += await synchronous(
+        harness, lambda client: list(client.stream("one two", adapter=scales))
+    )
+    assert {piece.adapters for piece in pieces} == {result.adapters}
+    one = await harness.client.generate("one", adapter={"poet": 3}, max_new_tokens=1)
+    assert one.adapters == (AppliedAdapter("poet", poet.version, poet.digest, 3.0),)
+    alone = await harness.client.generate("one", adapter="poet", max_new_tokens=1)
+    assert (alone.adapter, alone.adapters) == ("poet", ())
+    with pytest.raises(InvalidRequest, match="names no adapter"):
+        await harness.client.generate("one", adapter={})
+    with pytest.raises(InvalidRequest, match="scale of 'poet' must be in"):
+        await synchronous(harness, lambda client: client.generate("one", adapter={"poet": 101}))
+    with pytest.raises(AdapterNotFound, match="'nobody' is not loaded"):
+        await harness.client.generate("one", adapter={"poet": 1, "nobody": 1})
 
 
 async def test_leaving_a_stream_cancels_it(harness: Harness) -> None:

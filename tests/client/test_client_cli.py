@@ -79,6 +79,61 @@ async def test_chat_remembers_the_conversation(
     assert last.endswith("<s> user two </s> <s> assistant")
 
 
+async def test_adapters_added_up(
+    harness: Harness, lorax: Lorax, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("poet", "pilot"):
+        harness.write_adapter(name, name)
+        await harness.client.load_adapter(name)
+    digests = {each.name: each.digest for each in await harness.client.list_adapters()}
+    pinned = f"pilot@{digests['pilot'][:12]}"
+    arguments = ("generate", "one", "--max-new-tokens", "1", "--seed", "5", "-v")
+    for given, scales in (
+        (("poet:0.5", "pilot"), {"poet": 0.5, "pilot": 1}),
+        (("poet", f"{pinned}:-1e-1"), {"poet": 1, "pilot": -0.1}),
+        (("poet:2",), {"poet": 2}),
+        ((f"{pinned}:0",), {"pilot": 0}),
+    ):
+        flags = [flag for each in given for flag in ("--adapter", each)]
+        code, out, err = await lorax(*arguments, *flags)
+        assert (code, out.strip()) == (0, "one")
+        told = " + ".join(f"{scale:g} x {n}@{digests[n][:12]}" for n, scale in scales.items())
+        assert err == f"[{told}; 1 + 1 tokens; max_tokens; seed 5]\n"
+        parts = list(harness.engine.composed.values())[-1]
+        assert {part.name: part.scale for part in parts} == scales
+    count = len(harness.engine.composed)
+    code, _, err = await lorax(*arguments, "--adapter", pinned)
+    assert (code, err.startswith(f"[{pinned}; ")) == (0, True)
+    assert len(harness.engine.composed) == count, "a name without a scale is adapter_id"
+    said = iter(["one", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    chat = ("chat", "--max-new-tokens", "1", "--adapter", "poet:0.5", "--adapter", "pilot:3")
+    assert (await lorax(*chat))[0] == 0
+    assert len(harness.engine.composed) == count + 1
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        (["poet:loud"], "--adapter poet:loud: 'loud' is no number; write NAME or NAME:SCALE"),
+        (["poet:"], "--adapter poet:: '' is no number; write NAME or NAME:SCALE"),
+        (["a:b:c"], "--adapter a:b:c: 'c' is no number; write NAME or NAME:SCALE"),
+        (["poet", "poet:2"], "--adapter names 'poet' twice; give it one scale"),
+        ([":0.5"], "adapters[0].adapter_id is missing: name an adapter"),
+        (["poet:nan"], "adapters: scale of 'poet' must be in [-100, 100], found nan"),
+        (["poet:101"], "adapters: scale of 'poet' must be in [-100, 100], found 101.0"),
+        (["poet", "nobody:1"], "adapter_id 'nobody' is not loaded; loaded: poet"),
+    ],
+)
+async def test_adapters_that_cannot_be_added_up(
+    harness: Harness, lorax: Lorax, adapters: list[str], message: str
+) -> None:
+    harness.write_adapter("poet")
+    await harness.client.load_adapter("poet")
+    flags = [flag for each in adapters for flag in ("--adapter", each)]
+    assert await lorax("generate", "one", *flags) == (1, "", f"lorax: error: {message}\n")
+
+
 async def test_adapters(harness: Harness, lorax: Lorax) -> None:
     harness.write_adapter("poet")
     code, out, _ = await lorax("adapters", "load", "poet")

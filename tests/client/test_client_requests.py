@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -56,9 +57,44 @@ def test_priority_is_a_field_of_the_request_itself() -> None:
     assert not pb.GenerateRequest(**generate_fields("one", None, {})).HasField("priority")
 
 
+def test_one_adapter_or_several() -> None:
+    several = generate_fields("one", {"poet": 0.5, "pilot@0123456789ab": -1}, {})
+    for kind in (pb.GenerateRequest, pb.GenerateStreamRequest):
+        message = kind(**several)
+        assert [(each.adapter_id, each.scale) for each in message.adapters] == [
+            ("poet", 0.5),
+            ("pilot@0123456789ab", -1.0),
+        ]
+        assert not message.HasField("adapter_id")
+    alone = pb.GenerateRequest(**generate_fields("one", MappingProxyType({"poet": 2}), {}))
+    assert [(each.adapter_id, each.scale) for each in alone.adapters] == [("poet", 2.0)]
+    named = pb.GenerateRequest(**generate_fields("one", "poet", {}))
+    assert (named.adapter_id, len(named.adapters)) == ("poet", 0)
+    base = pb.GenerateRequest(**generate_fields("one", None, {}))
+    assert not base.adapters
+    assert not base.HasField("adapter_id")
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ({}, "adapter: names no adapter; None is the base model"),
+        ({"poet": "loud"}, "adapter: names and scales cannot be {'poet': 'loud'}"),
+        ({"poet": 10**400}, "adapter: names and scales cannot be .* too large"),
+        ({7: 1.0}, "adapter: names and scales cannot be {7: 1.0}"),
+        ({"poet": [1]}, r"adapter: names and scales cannot be {'poet': \[1\]}"),
+        (["poet"], r"adapter must be a name, or scales by name, found \['poet'\]"),
+        (7, "adapter must be a name, or scales by name, found 7"),
+    ],
+)
+def test_adapters_that_cannot_be_sent(adapters: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        generate_fields("one", adapters, {})
+
+
 def test_metadata_is_sent_where_it_can_be() -> None:
     assert metadata("poet") == ((generation.ADAPTER_METADATA, "poet"),)
-    assert metadata(None) == metadata("ü") == metadata("a\nb") == ()
+    assert metadata(None) == metadata("ü") == metadata("a\nb") == metadata({"poet": 1}) == ()
 
 
 @pytest.mark.parametrize("retries", [-1, 5])

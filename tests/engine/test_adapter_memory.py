@@ -17,6 +17,7 @@ from lorax_serve.core import (
     AdapterInfo,
     EngineStats,
     Freed,
+    Part,
     SamplingParams,
     StopReason,
     TokenOutput,
@@ -42,6 +43,7 @@ class InProcess:
         self.loader = AdapterLoader(
             self.runner.modules,
             self.runner.fold,
+            self.runner.without_copies,
             self.inbox.put,
             probe="refuse",
             fingerprint=self.runner.fingerprint,
@@ -59,15 +61,22 @@ class InProcess:
         assert isinstance(info, AdapterInfo)
         return info
 
+    def compose(self, version: int, *parts: tuple[Path, float]) -> AdapterInfo:
+        """Of adapters that need not be loaded: the engine reads their files."""
+        given = tuple(Part(p.name, str(p), leaf.read(p).digest, scale) for p, scale in parts)
+        info = self._ask(lambda call: LoadAdapter(call, version, "a composition", given))
+        assert isinstance(info, AdapterInfo)
+        return info
+
     def drop(self, version: int) -> int:
         freed = self._ask(lambda call: DropAdapter(call, version))
         assert isinstance(freed, Freed)
         return freed.host
 
-    def submit(self, version: int | None, new: int = 6) -> int:
+    def submit(self, version: int | None, new: int = 6, prompt: tuple[int, ...] = PROMPT) -> int:
         self._ids += 1
         self.tokens[self._ids] = []
-        self.inbox.put(Submit(self._ids, PROMPT, version, SamplingParams(), new, new, frozenset()))
+        self.inbox.put(Submit(self._ids, prompt, version, SamplingParams(), new, new, frozenset()))
         return self._ids
 
     def finish(self, requests: Sequence[int]) -> list[list[int]]:
@@ -229,7 +238,12 @@ def test_a_second_reading_has_the_same_bits(tiny_model: Path, adapters: list[Pat
     results: queue.SimpleQueue[LoadFinished] = queue.SimpleQueue()
     runner = ModelRunner(EngineConfig(model=str(tiny_model), dtype="float32", kernels="torch"))
     loader = AdapterLoader(
-        runner.modules, runner.fold, results.put, probe="refuse", fingerprint=runner.fingerprint
+        runner.modules,
+        runner.fold,
+        runner.without_copies,
+        results.put,
+        probe="refuse",
+        fingerprint=runner.fingerprint,
     )
     loader.request(Load(1, str(adapters[0]), call_id=1))
     first = results.get(timeout=30)
@@ -260,7 +274,12 @@ def test_what_requests_wait_for_is_read_before_new_adapters(
         results.put(result)
 
     loader = AdapterLoader(
-        runner.modules, runner.fold, finished, probe="refuse", fingerprint=runner.fingerprint
+        runner.modules,
+        runner.fold,
+        runner.without_copies,
+        finished,
+        probe="refuse",
+        fingerprint=runner.fingerprint,
     )
     for version in (1, 2, 3):
         loader.request(Load(version, str(adapters[version]), call_id=version))

@@ -32,6 +32,7 @@ class Local:
         loader = AdapterLoader(
             self.runner.modules,
             self.runner.fold,
+            self.runner.without_copies,
             self.inbox.put,
             probe=config.probe,
             fingerprint=self.runner.fingerprint,

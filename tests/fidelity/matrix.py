@@ -1,9 +1,10 @@
-"""One mixed batch of all variants and base rows, and what PEFT gives for each row alone."""
+"""One mixed batch of all variants, some of them added up, and base rows; and what PEFT gives for
+each row alone."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lorax_serve import adapter as leaf
+from lorax_serve.adapter import LoRAWeights
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import BASE, NEVER, Batch, SamplingParams, Sequence
+from tests.fidelity.compositions import COMPOSITIONS, compositions_of, peft_sum
 from tests.fidelity.variants import (
     BARE,
     GPT2,
@@ -27,7 +30,7 @@ from tests.fidelity.variants import (
 from tests.helpers import TINY_GPT2, TINY_LLAMA, save_tiny_model
 from tests.model.logits_runner import LogitsRunner
 
-__all__ = ["GROUPS", "Case", "Group", "run_group", "write_group"]
+__all__ = ["GROUPS", "Case", "Group", "run_group", "weights_of", "write_group"]
 
 STEPS = 6
 # In bfloat16, PEFT itself is 0.1 to 0.2 away from its results in float32 on these models, whose
@@ -57,7 +60,7 @@ GROUPS = [
 
 @dataclass(frozen=True)
 class Case:
-    """One variant in one group.
+    """One variant or composition in one group.
 
     Attributes:
         error: the largest difference of any logit from PEFT's.
@@ -99,8 +102,8 @@ def write_group(model: str, place: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def run_group(group: Group, model: Path, adapters: dict[str, Path]) -> Iterator[Case]:
-    """Serve all adapters and base rows in one batch, each row against PEFT alone."""
-    names: list[str | None] = [None, *adapters, None]
+    """Serve all adapters, sums of them, and base rows in one batch, each row against PEFT alone."""
+    names: list[str | None] = [None, *adapters, *compositions_of(adapters), None]
     runner = LogitsRunner(
         EngineConfig(
             model=str(model),
@@ -142,13 +145,26 @@ def _sequences(
             sequence.adapter_slot = BASE
         else:
             sequence.adapter_slot = row
-            files = leaf.read(adapters[name])
-            weights = leaf.match_weights(files.config, files.tensors, runner.modules)
+            weights = weights_of(name, COMPOSITIONS.get(name), runner, adapters)
             runner.put_adapter(row, runner.fold(weights))
             if weights.invocation_tokens:
                 found = weights.invocation_tokens == INVOCATION
                 sequence.adapter_start = len(prompt) - 4 if found else NEVER
         yield sequence
+
+
+def weights_of(
+    name: str,
+    parts: Mapping[str, float] | None,
+    runner: LogitsRunner,
+    adapters: Mapping[str, Path],
+) -> LoRAWeights:
+    """Of a variant, or of the sum of some."""
+    if parts is not None:
+        read = [(part, weights_of(part, None, runner, adapters), parts[part]) for part in parts]
+        return leaf.compose([(part, runner.without_copies(w), scale) for part, w, scale in read])
+    files = leaf.read(adapters[name])
+    return leaf.match_weights(files.config, files.tensors, runner.modules)
 
 
 def _case(
@@ -169,7 +185,9 @@ def _case(
         warnings.simplefilter("ignore")
         plain = base(tokens).logits[0, places].float()
         theirs = base
-        if name is not None:
+        if name in COMPOSITIONS:
+            theirs = peft_sum(base, COMPOSITIONS[name], adapters).eval()
+        elif name is not None:
             from peft import PeftModel
 
             directory = adapters[name]

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from lorax_serve.core import AdapterInfo, AdapterScale, Freed, Part
-from lorax_serve.errors import AdapterNotFound, AdapterRejected, RejectReason
+from lorax_serve.errors import (
+    AdapterConflict,
+    AdapterNotFound,
+    AdapterRejected,
+    Overloaded,
+    RejectReason,
+)
 from lorax_serve.frontend import compositions
 from lorax_serve.frontend.compositions import Composed
 from lorax_serve.frontend.in_place import InPlace
@@ -45,6 +53,41 @@ class Composer(BareEngine):
         return Freed(host=100)
 
 
+class SlowComposer(Composer):
+    """Takes its time, refuses now and then, and sees to it that what it reads is not freed."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__()
+        self.chance = chance
+        self.paths: dict[int, str] = {}
+
+    async def load_adapter(self, version: int, path: str) -> AdapterInfo:
+        self.paths[version] = path
+        return await super().load_adapter(version, f"{path}-{version}")
+
+    async def compose_adapter(self, version: int, parts: tuple[Part, ...]) -> AdapterInfo:
+        info = await super().compose_adapter(version, parts)
+        for _ in range(self.chance.randrange(4)):
+            await asyncio.sleep(0)
+            self.check(parts)
+        if self.chance.random() < 0.1:
+            del self.held[version]
+            raise AdapterRejected(RejectReason.UNSUPPORTED, "not this time")
+        return info
+
+    async def drop_adapter(self, version: int) -> Freed:
+        for _ in range(self.chance.randrange(3)):
+            await asyncio.sleep(0)
+        freed = await super().drop_adapter(version)
+        for parts in self.held.values():
+            self.check(parts)
+        return freed
+
+    def check(self, parts: tuple[Part, ...]) -> None:
+        loaded = {f"{Path(path).name}-{version}": version for version, path in self.paths.items()}
+        assert all(loaded[part.digest] in self.held for part in parts), "a part was freed"
+
+
 @pytest.fixture
 def engine() -> Composer:
     return Composer()
@@ -69,6 +112,15 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+def held(registry: AdapterRegistry) -> list[str]:
+    """Names of the versions that something holds."""
+    return [
+        adapter.name
+        for adapter in registry.adapters()
+        if adapter.references or adapter.compositions or not adapter.unused.is_set()
+    ]
+
+
 async def test_requests_for_the_same_share_one(registry: AdapterRegistry, engine: Composer) -> None:
     engine.go.clear()
     waiting = [asyncio.create_task(registry.admit_together(AB)) for _ in range(3)]
@@ -89,10 +141,29 @@ async def test_requests_for_the_same_share_one(registry: AdapterRegistry, engine
     assert other is not first
 
 
-async def test_parts_are_counted_as_used(registry: AdapterRegistry) -> None:
+async def test_parts_count_the_requests_that_use_them(registry: AdapterRegistry) -> None:
+    def used() -> dict[str, tuple[int, int]]:
+        return {each.name: (each.requests, each.references) for each in registry.adapters()}
+
+    composed = await registry.admit_together(AB)
+    assert used() == {"a": (1, 1), "b": (1, 1), "c": (0, 0)}
     await registry.admit_together(AB)
-    used = {adapter.name: (adapter.requests, adapter.references) for adapter in registry.adapters()}
-    assert used == {"a": (1, 1), "b": (1, 1), "c": (0, 0)}, "held by the composition"
+    await registry.admit_together([AdapterScale("a", 3)])
+    assert used() == {"a": (3, 3), "b": (2, 2), "c": (0, 0)}
+    registry.release(composed)
+    registry.release(composed)
+    assert used() == {"a": (3, 1), "b": (2, 0), "c": (0, 0)}, "it stays, but no request uses it"
+
+
+async def test_a_composition_weighs_what_its_heaviest_part_weighs_now(
+    registry: AdapterRegistry, engine: Composer
+) -> None:
+    await registry.load("b", weight=3)
+    assert (await registry.admit_together(AB)).weight == 3
+    await registry.load("b", weight=2)
+    await registry.load("a", weight=7)
+    assert (await registry.admit_together(AB)).weight == 7
+    assert engine.composed == 1
 
 
 async def test_a_part_that_is_unloaded_takes_an_unused_composition_along(
@@ -106,7 +177,7 @@ async def test_a_part_that_is_unloaded_takes_an_unused_composition_along(
         await registry.admit_together(AB)
     await settle()
     assert len(engine.held) == 2
-    assert all(adapter.references == 0 for adapter in registry.adapters())
+    assert held(registry) == []
 
 
 async def test_a_part_that_is_unloaded_waits_for_the_composition_in_use(
@@ -165,7 +236,7 @@ async def test_a_refusal_leaves_nothing_behind(registry: AdapterRegistry, engine
         await registry.admit_together(AB)
     with pytest.raises(AdapterNotFound):
         await registry.admit_together([AdapterScale("a"), AdapterScale("nobody")])
-    assert all(adapter.references == 0 for adapter in registry.adapters())
+    assert held(registry) == []
     assert len(engine.held) == 3
 
 
@@ -182,3 +253,84 @@ async def test_only_so_many_are_kept_unused(
     engine.composed = 0
     registry.release(await registry.admit_together([AdapterScale("a", 5)]))
     assert engine.composed == 0, "the last ones are those that are kept"
+
+
+async def test_only_so_many_are_made_at_a_time(
+    registry: AdapterRegistry, engine: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compositions, "_MOST_MAKING", 2)
+    made = await registry.admit_together([AdapterScale("a", 9)])
+    engine.go.clear()
+    tasks = [
+        asyncio.create_task(registry.admit_together([AdapterScale("a", scale)]))
+        for scale in (1, 2, 1, 3, 2)
+    ]
+    await settle()
+    assert await registry.admit_together([AdapterScale("a", 9)]) is made, "it is there"
+    engine.go.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    (refused,) = [result for result in results if isinstance(result, Exception)]
+    assert isinstance(refused, Overloaded)
+    assert results.index(refused) == 3
+    assert "2 other combinations of adapters and scales are being made" in str(refused)
+    registry.release(await registry.admit_together([AdapterScale("a", 3)]))
+    assert {each.name: each.references for each in registry.adapters()} == {"a": 6, "b": 0, "c": 0}
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_whatever_happens_nothing_is_freed_too_early_or_left_behind(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that come, go away and end, and versions that change and go, in any order."""
+    monkeypatch.setattr(compositions, "_MOST_IDLE", 3)
+    chance = random.Random(seed)
+    engine = SlowComposer(chance)
+    registry = AdapterRegistry(engine, InPlace(tmp_path))
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        await registry.load(name)
+    running: list[Composed] = []
+
+    async def request() -> None:
+        names = chance.sample("abc", chance.randint(1, 3))
+        named = [AdapterScale(name, chance.choice((1, -0.5))) for name in names]
+        with suppress(AdapterNotFound, AdapterRejected):
+            composed = await registry.admit_together(named)
+            assert isinstance(composed, Composed)
+            running.append(composed)
+
+    async def change() -> None:
+        name = chance.choice("abc")
+        with suppress(AdapterNotFound):
+            await registry.unload(name)
+        with suppress(AdapterConflict):
+            await registry.load(name)
+
+    work: list[asyncio.Task[None]] = []
+    for _ in range(300):
+        action = chance.random()
+        if action < 0.4:
+            work.append(asyncio.create_task(request()))
+        elif action < 0.5 and work:
+            chance.choice(work).cancel()
+        elif action < 0.55:
+            work.append(asyncio.create_task(change()))
+        elif action < 0.8 and running:
+            composed = running.pop(chance.randrange(len(running)))
+            assert composed.key in engine.held, "it was freed while a request used it"
+            registry.release(composed)
+        else:
+            await asyncio.sleep(0)
+        assert all(composed.key in engine.held for composed in running)
+    async with asyncio.timeout(5):
+        while running or not all(task.done() for task in work):
+            while running:
+                registry.release(running.pop())
+            await settle()
+    assert len(registry._compositions) <= 3
+    for name in "abc":
+        if registry.is_loaded(name):
+            await asyncio.wait_for(registry.unload(name), 5)
+    await settle()
+    assert engine.held == {}
+    assert registry.adapters() == []

@@ -41,6 +41,26 @@ BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ({"response": {"logprobs": 21}}, "logprobs must be in [0, 20]"),
 ]
 BAD += [({"text": "one", "parameters": bad}, message) for bad, message in BAD_PARAMETERS]
+A, NINE = {"adapterId": "a"}, [{"adapterId": name} for name in "abcdefghi"]
+BAD_ADAPTERS: list[tuple[list[dict[str, Any]], str]] = [
+    ([{}], "adapters[0].adapter_id is missing: name an adapter"),
+    ([A, {"scale": 1}], "adapters[1].adapter_id is missing: name an adapter"),
+    ([A, {"adapterId": ""}], "adapters[1].adapter_id is missing: name an adapter"),
+    ([{"adapterId": "x" * 129}], "adapters[0].adapter_id has 129 characters"),
+    ([A, {"adapterId": "b"}, A], "adapters: 'a' is named twice; give it one scale"),
+    (NINE, "adapters must be at most 8, found 9"),
+    ([A | {"scale": "NaN"}], "adapters: scale of 'a' must be in [-100, 100], found nan"),
+    ([A | {"scale": "-Infinity"}], "adapters: scale of 'a' must be in [-100, 100], found -inf"),
+    ([A | {"scale": 1000}], "adapters: scale of 'a' must be in [-100, 100], found 1000.0"),
+    ([A | {"scale": -100.001}], "adapters: scale of 'a' must be in [-100, 100], found -100.001"),
+]
+BAD += [({"text": "one", "adapters": bad}, message) for bad, message in BAD_ADAPTERS]
+BAD += [
+    (
+        {"text": "one", "adapterId": "poet", "adapters": [A]},
+        "adapter_id must be left out beside adapters, found 'poet'",
+    )
+]
 
 
 async def refusal(call: Any) -> grpc.aio.AioRpcError:
@@ -103,6 +123,30 @@ async def test_the_metadata_must_name_the_same_adapter(
         error = await refusal(call)
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert "but the metadata lorax-adapter is" in (error.details() or "")
+
+
+async def test_the_metadata_names_one_adapter_only(harness: Harness) -> None:
+    harness.write_adapter("poet")
+    await harness.client.load_adapter("poet")
+    request = text_request(max_new_tokens=1)
+    request.adapters.append(pb.AdapterScale(adapter_id="poet"))
+    for value in ("poet", ""):
+        error = await refusal(
+            harness.generation.Generate(request, metadata=[("lorax-adapter", value)])
+        )
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "adapters is given, so leave out the metadata lorax-adapter" in str(error.details())
+    assert (await harness.generation.Generate(request)).adapters[0].scale == 1
+
+
+async def test_eight_adapters_and_the_largest_scales_are_allowed(harness: Harness) -> None:
+    request = text_request(max_new_tokens=1)
+    for name in "abcdefgh":
+        harness.write_adapter(name)
+        await harness.client.load_adapter(name)
+        scale = -100 if name < "e" else 100
+        request.adapters.append(pb.AdapterScale(adapter_id=name, scale=scale))
+    assert len((await harness.generation.Generate(request)).adapters) == 8
 
 
 async def test_tokenize_checks_its_prompt(harness: Harness) -> None:
