@@ -126,6 +126,13 @@ class Library:
         )
         return recorded.sequence
 
+    async def record_origin(self, name: str, fetched: Fetched) -> None:
+        """Remember where the content that ``name`` has already was found, and how it is known
+        there: so that it is not fetched again until it changes."""
+        await self._run(
+            lambda: self._catalog.set_origin(name, fetched.source, fetched.path, fetched.signature)
+        )
+
     async def set_weight(self, name: str, weight: int) -> None:
         """Change the share of a name."""
         await self._run(lambda: self._catalog.set_weight(name, weight))

@@ -294,6 +294,7 @@ class AdapterRegistry:
     ) -> Adapter:
         current = self._by_name.get(name)
         if current is not None and current.info.digest == fetched.digest:
+            await library.record_origin(name, fetched)
             if weight not in (None, current.weight):
                 await library.set_weight(name, weight or current.weight)
             current.weight = weight or current.weight

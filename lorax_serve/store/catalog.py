@@ -215,6 +215,22 @@ class Catalog:
         """
         self._set(name, "pinned", pinned)
 
+    def set_origin(self, name: str, source: str | None, path: str, signature: str) -> None:
+        """Record that the content which a name has was found there; it is no load.
+
+        Raises:
+            InvalidRequest: a text cannot be stored.
+            AdapterNotFound: the name is not in the catalogue.
+            StoreFailed, Overloaded: the disk fails or is full.
+        """
+        with self._transaction():
+            found = self._known(name)
+            if (found.source, found.path, found.signature) != (source, path, signature):
+                self._database.execute(
+                    "UPDATE names SET source = ?, path = ?, signature = ? WHERE name = ?",
+                    (source, path, signature, name),
+                )
+
     def names(self) -> list[NameRecord]:
         """Every name, in their alphabetical order."""
         with self._reading():

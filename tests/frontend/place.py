@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from lorax_serve.core import AdapterInfo, Part
 from lorax_serve.errors import AdapterRejected, RejectReason
 from lorax_serve.frontend.library import Library
@@ -78,6 +80,19 @@ class Place:
         return Reconciler(
             registry, self.libraries[0], from_source=from_source, clock=lambda: self.now
         )
+
+    def count_fetches(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """A list of the paths that are fetched from now on."""
+        source, paths = self.libraries[0].source, list[str]()
+        assert source is not None
+        fetch = source.fetch
+
+        def counted(path: str, into: Path, limits: FetchLimits) -> str:
+            paths.append(path)
+            return fetch(path, into, limits)
+
+        monkeypatch.setattr(source, "fetch", counted)
+        return paths
 
     def stop(self) -> None:
         for library in self.libraries:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
+
 from lorax_serve.errors import AdapterRejected, SourceFailed, StoreFailed
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
 from tests.frontend.place import Place
@@ -64,6 +66,42 @@ async def test_a_change_is_loaded_and_what_is_the_same_is_not_fetched(place: Pla
     await reconciler.run_once()
     assert registry.acquire("poet").info.digest == changed
     assert place.engine.loads == 2
+
+
+async def test_what_was_touched_but_not_changed_is_fetched_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    place.write("poet", b"1")
+    await reconciler.run_once()
+    (before,) = registry.adapters()
+    fetches = place.count_fetches(monkeypatch)
+    place.write("poet", b"1")
+    for _ in range(3):
+        await reconciler.run_once()
+    assert fetches == ["poet"]
+    assert registry.adapters() == [before]
+    # Also after a restart, which gives what was acknowledged the number that it had.
+    registry = place.start()
+    fetches = place.count_fetches(monkeypatch)
+    await place.reconciler(registry).run_once()
+    assert fetches == []
+    assert [adapter.version for adapter in registry.adapters()] == [before.version]
+
+
+async def test_content_that_is_found_elsewhere_is_known_there(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    place.write("copy", b"1")
+    await registry.load("poet", "copy")
+    place.write("poet", b"1")
+    fetches = place.count_fetches(monkeypatch)
+    for _ in range(3):
+        await reconciler.run_once()
+    assert sorted(fetches) == ["copy", "poet"]
 
 
 async def test_what_disappears_from_the_source_stays(place: Place) -> None:

@@ -127,6 +127,18 @@ def test_weight_and_pin(catalog: Catalog) -> None:
         catalog.record_unload("nobody")
 
 
+def test_where_content_was_found_is_no_load(catalog: Catalog) -> None:
+    catalog.record_load("poet", A, source="file:///x", path="a", signature="s", weight=3)
+    catalog.record_load("poet", B, source="file:///x", path="a", signature="s", weight=3)
+    catalog.set_origin("poet", "file:///y", "b", "t")
+    assert catalog.get("poet") == NameRecord("poet", B, 2, "file:///y", "b", "t", 3, False, 1001.0)
+    assert catalog.history("poet") == [(A, 1, 1000.0)]
+    with pytest.raises(AdapterNotFound, match="'nobody'"):
+        catalog.set_origin("nobody", None, "", "")
+    with pytest.raises(InvalidRequest, match="UTF-8"):
+        catalog.set_origin("poet", None, "\ud800", "")
+
+
 def test_odd_texts(catalog: Catalog) -> None:
     name = "it's\0\"; DROP TABLE names; --\N{SNOWMAN}"
     catalog.record_load(name, A, source=name, path=name, signature=name)
