@@ -89,6 +89,7 @@ class AdapterRegistry:
         library: keeps what is loaded, and its earlier versions, on this server's disk.
         history: how many earlier versions of a name stay loaded.
         on_demand: whether a request loads what it names from the library's source.
+        clock: seconds that never go back.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class AdapterRegistry:
         *,
         history: int = 0,
         on_demand: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._library = library
@@ -115,7 +117,7 @@ class AdapterRegistry:
         self._loading: set[str] = set()
         self._wanted: dict[str, asyncio.Task[Adapter]] = {}
         """Loads that requests wait for."""
-        self._backoff = Backoff()
+        self._backoff = Backoff(clock)
         self._last_key = 0
         self._compositions = Compositions(
             engine, self._next_key, _hold, self.release, self._in_background
@@ -387,7 +389,12 @@ class AdapterRegistry:
         _check_name(name)
         if self._library is None:
             return await self._engine.inspect_adapter(str(self._locate(path or name)))
-        async with self._library.fetch(path or name) as fetched:
+        # To its end, so that a call that is cancelled leaves nothing on the disk.
+        work = self._in_background(self._inspect_fetched(self._library, path or name))
+        return await asyncio.shield(work)
+
+    async def _inspect_fetched(self, library: Library, path: str) -> LoadReport:
+        async with library.fetch(path) as fetched:
             return await self._engine.inspect_adapter(str(fetched.directory))
 
     async def unload(self, name: str) -> int:
@@ -454,6 +461,13 @@ class AdapterRegistry:
             self._loading.discard(record.name)
         adapter = Adapter(record.name, record.sequence, info, directory, key, record.weight)
         self._flip(adapter)
+
+    async def close(self) -> None:
+        """Give up what is still being loaded or waits to be freed. The engine is there still."""
+        for task in self._background:
+            task.cancel()
+        if self._background:
+            await asyncio.wait(self._background)
 
     def _retire(self, adapter: Adapter) -> asyncio.Task[int]:
         adapter.state = AdapterState.DRAINING
