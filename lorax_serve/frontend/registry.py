@@ -316,15 +316,18 @@ class AdapterRegistry:
     async def _load_on_demand(self, name: str) -> Adapter:
         """Load what a request names; what failed is left alone for a while."""
         self._backoff.check(name)
+        failure: LoraxError
         try:
             adapter = await self.load(name)
         except LoraxError as error:
-            if isinstance(error, SourceFailed) and error.reason is SourceReason.NOT_FOUND:
-                error = AdapterNotFound(f"adapter_id {name!r} is not loaded, and {error}")
-            self._backoff.failed(name, error)
-            raise error from None
-        self._backoff.succeeded(name)
-        return adapter
+            failure = error
+        else:
+            self._backoff.succeeded(name)
+            return adapter
+        if isinstance(failure, SourceFailed) and failure.reason is SourceReason.NOT_FOUND:
+            failure = AdapterNotFound(f"adapter_id {name!r} is not loaded, and {failure}")
+        self._backoff.failed(name, failure)
+        raise failure
 
     async def _reload(self, name: str, digest: str) -> Adapter:
         """Load an earlier version from this server's disk, as ``name@digest``."""
