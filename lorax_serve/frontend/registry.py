@@ -10,6 +10,7 @@ one, the old version is freed with its last request. All methods run on the even
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import re
 import time
@@ -45,6 +46,8 @@ _T = TypeVar("_T")
 
 _PROGRESS_SECONDS = 5.0
 _MAX_WEIGHT = 100
+# Names in a message; there may be thousands.
+_MOST_SHOWN = 8
 
 log = logging.getLogger(__name__)
 
@@ -534,11 +537,11 @@ class AdapterRegistry:
         return directory
 
     def _known(self) -> str:
-        names = sorted(self._by_name)
-        if not names:
+        if not self._by_name:
             return "no adapter is loaded"
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        return f"loaded: {', '.join(names[:8])}{more}"
+        shown = heapq.nsmallest(_MOST_SHOWN, self._by_name)
+        more = len(self._by_name) - len(shown)
+        return f"loaded: {', '.join(shown)}{f' and {more} more' if more else ''}"
 
 
 def _hold(adapter: Adapter) -> None:
