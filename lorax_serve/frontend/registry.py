@@ -45,6 +45,7 @@ _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 _T = TypeVar("_T")
 
 _PROGRESS_SECONDS = 5.0
+_CLOSE_SECONDS = 5.0
 _MAX_WEIGHT = 100
 # Names in a message; there may be thousands.
 _MOST_SHOWN = 8
@@ -327,8 +328,12 @@ class AdapterRegistry:
         else:
             self._backoff.succeeded(name)
             return adapter
+        # Who sent the request has asked for no load: say which adapter this is about.
         if isinstance(failure, SourceFailed) and failure.reason is SourceReason.NOT_FOUND:
             failure = AdapterNotFound(f"adapter_id {name!r} is not loaded, and {failure}")
+        elif isinstance(failure, AdapterRejected):
+            text = f"adapter_id {name!r} is not loaded, and is refused: {failure}"
+            failure = AdapterRejected(failure.reason, text, failure.report)
         self._backoff.failed(name, failure)
         raise failure
 
@@ -473,7 +478,7 @@ class AdapterRegistry:
         for task in self._background:
             task.cancel()
         if self._background:
-            await asyncio.wait(self._background)
+            await asyncio.wait(self._background, timeout=_CLOSE_SECONDS)
 
     def _retire(self, adapter: Adapter) -> asyncio.Task[int]:
         adapter.state = AdapterState.DRAINING
