@@ -127,6 +127,31 @@ async def test_a_listing_that_hangs_is_waited_for_by_one_thread(
     assert registry.is_loaded("poet")
 
 
+async def test_a_pass_does_not_wait_for_everything_that_hangs(
+    place: Place, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_GRACE_SECONDS", 0.05)
+    registry = place.start(fetch_seconds=0.05)
+    gate.put_before(place, monkeypatch)
+    gate.closed = set("abcde")
+    for name in "abcdexyz":
+        place.write(name, name.encode())
+    reconciler = place.reconciler(registry)
+    await reconciler.run_once()
+    assert gate.waiting == ["a", "b", "c"]
+    assert registry.adapters() == []
+    # What has failed does not come first again.
+    await reconciler.run_once()
+    assert gate.waiting == ["a", "b", "c", "d", "e"]
+    assert [adapter.name for adapter in registry.adapters()] == ["x", "y", "z"]
+    assert set(reconciler.failures) == set("abcde")
+    gate.closed = set()
+    place.now = 1.0
+    await reconciler.run_once()
+    assert len(registry.adapters()) == 8
+    assert reconciler.failures == {}
+
+
 async def test_looking_at_an_adapter_leaves_nothing_if_the_caller_goes_away(
     place: Place, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
