@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,9 +33,15 @@ def adapters_cache(model: Path) -> Path:
 
 
 def random_adapters(
-    place: Path, model: Path, ranks: Sequence[int], weight_files: int = 32
+    place: Path,
+    model: Path,
+    ranks: Sequence[int],
+    weight_files: int = 32,
+    linears: Collection[str] | None = None,
 ) -> dict[str, Path]:
     """An adapter below ``place`` for each rank, by name; those that are there are kept.
+
+    They change the linears that have one of the names ``linears``; None is all.
 
     Of each rank, ``weight_files`` weights are written; further adapters are hard links to them,
     with another ``lora_alpha``: another digest, hence another adapter, at no disk space.
@@ -50,40 +56,42 @@ def random_adapters(
         if (directory / CONFIG_FILE).exists():
             continue
         if index < weight_files:
-            write_random_adapter(directory, model, rank, seed=index)
+            write_random_adapter(directory, model, rank, seed=index, linears=linears)
         else:
             _link(found[f"r{rank}-{index % weight_files:04d}"], directory, rank + index / 1000)
     return found
 
 
-def write_random_adapter(directory: Path, model: Path, rank: int, seed: int) -> None:
+def write_random_adapter(
+    directory: Path, model: Path, rank: int, seed: int, linears: Collection[str] | None = None
+) -> None:
     """An adapter for the model in the directory ``model``."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    config = _config(model, rank)
-    for path, shape in _linears(model).items():
+    shapes = _linears(model, linears)
+    for path, shape in shapes.items():
         a = torch.randn(rank, shape.in_features, generator=generator)
         b = torch.randn(shape.out_features, rank, generator=generator)
         tensors[tensor_name(path, Role.A)] = (0.02 * a).bfloat16()
         tensors[tensor_name(path, Role.B)] = (0.02 * b).bfloat16()
+    # By their names: not every peer knows PEFT's "all-linear".
+    targets = {path.rpartition(".")[2] for path in shapes}
+    config = LoRAConfig(r=rank, lora_alpha=rank, target_modules=tuple(sorted(targets)))
     save(directory, config, tensors)
 
 
-def adapter_bytes(model: Path, rank: int) -> int:
+def adapter_bytes(model: Path, rank: int, linears: Collection[str] | None = None) -> int:
     """Bytes of such an adapter's weights."""
-    shapes = _linears(model).values()
+    shapes = _linears(model, linears).values()
     return 2 * rank * sum(shape.in_features + shape.out_features for shape in shapes)
 
 
-def _linears(model: Path) -> dict[str, ModuleShape]:
-    modules = read_spec(model).modules().items()
-    return {path: shape for path, shape in modules if shape.kind is ModuleKind.LINEAR}
-
-
-def _config(model: Path, rank: int) -> LoRAConfig:
-    # By their names: not every peer knows PEFT's "all-linear".
-    targets = {path.rpartition(".")[2] for path in _linears(model)}
-    return LoRAConfig(r=rank, lora_alpha=rank, target_modules=tuple(sorted(targets)))
+def _linears(model: Path, names: Collection[str] | None) -> dict[str, ModuleShape]:
+    return {
+        path: shape
+        for path, shape in read_spec(model).modules().items()
+        if shape.kind is ModuleKind.LINEAR and (names is None or path.rpartition(".")[2] in names)
+    }
 
 
 def _link(original: Path, directory: Path, alpha: float) -> None:

@@ -147,7 +147,14 @@ class GrpcServer:
         self.start_seconds = 0.0
 
     @classmethod
-    async def start(cls, config: EngineConfig | None = None, adapters: Path | None = None) -> Self:
+    async def start(
+        cls,
+        config: EngineConfig | None = None,
+        adapters: Path | None = None,
+        state: Path | None = None,
+        *,
+        on_demand: bool = False,
+    ) -> Self:
         """Start one with the adapters in a directory, and wait until it serves.
 
         Raises:
@@ -159,6 +166,8 @@ class GrpcServer:
         flags = {"--host": "127.0.0.1", "--port": str(port), "--metrics-port": OFF}
         if adapters is not None:
             flags["--adapters"] = str(adapters)
+        if state is not None:
+            flags |= {"--state": str(state), "--load-on-demand": ON if on_demand else OFF}
         command = [sys.executable, "-m", "lorax_serve.cli.serve", *itertools.chain(*flags.items())]
         started = time.perf_counter()
         process = await asyncio.create_subprocess_exec(
@@ -209,6 +218,28 @@ class GrpcServer:
             new = chunk.generated_token_count - len(trace.tokens)
             trace.tokens += [time.perf_counter()] * new
         return trace
+
+    @property
+    def client(self) -> AsyncClient:
+        """Connected to it."""
+        return self._client
+
+    @property
+    def memory_bytes(self) -> tuple[int, int]:
+        """Resident memory of the server's process and of its engine's."""
+        server, engine = self._processes()
+        return server.memory_info().rss, engine.memory_info().rss
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time that both processes have taken."""
+        used = [process.cpu_times() for process in self._processes()]
+        return float(sum(each.user + each.system for each in used))
+
+    def _processes(self) -> tuple[psutil.Process, psutil.Process]:
+        server = psutil.Process(self._process.pid)
+        # The other child, multiprocessing's own, is small.
+        return server, max(server.children(), key=lambda child: child.memory_info().rss)
 
     def pause(self) -> None:
         """See ``System``."""

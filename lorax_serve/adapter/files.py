@@ -52,7 +52,8 @@ def read(directory: str | os.PathLike[str]) -> AdapterFiles:
         parsed = json.loads(raw_config)
     except (ValueError, RecursionError) as error:
         raise AdapterRejected(
-            RejectReason.BAD_CONFIG, f"{CONFIG_FILE} is not valid JSON: {error}"
+            RejectReason.BAD_CONFIG,
+            f"{CONFIG_FILE} is not valid JSON: {error}; save or copy the adapter again",
         ) from error
     config = LoRAConfig.from_dict(parsed)
     raw_weights = _read_bytes(root / WEIGHTS_FILE)
@@ -61,7 +62,9 @@ def read(directory: str | os.PathLike[str]) -> AdapterFiles:
         metadata = _metadata(raw_weights)
     except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise AdapterRejected(
-            RejectReason.BAD_FILE, f"{WEIGHTS_FILE} is not a whole safetensors file: {error}"
+            RejectReason.BAD_FILE,
+            f"{WEIGHTS_FILE} is not a whole safetensors file: {error}; save or copy the adapter "
+            "again",
         ) from error
     digest = digest_of_bytes(raw_config, raw_weights)
     return AdapterFiles(config, tensors, digest, metadata)

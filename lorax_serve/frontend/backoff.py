@@ -38,10 +38,17 @@ class Backoff:
         """Raise again what a name failed with, until its time is over."""
         failure = self._failures.get(name)
         if failure is not None and self._clock() < failure.until:
-            raise failure.error
+            # Each raise adds its frames, and what they hold, to those of the last one.
+            raise failure.error.with_traceback(None)
 
     def failed(self, name: str, error: LoraxError) -> float:
-        """Note a failure; returns the seconds for which ``check`` raises it."""
+        """Note a failure; returns the seconds for which ``check`` raises it.
+
+        What led to the error is forgotten: its frames hold whatever the call had in hand, half a
+        megabyte of a client of S3.
+        """
+        error.__cause__ = error.__context__ = None
+        error.with_traceback(None)
         before = self._failures.pop(name, None)
         seconds = min(_FIRST_SECONDS if before is None else 2 * before.seconds, _MOST_SECONDS)
         self._failures[name] = _Failure(error, self._clock() + seconds, seconds)

@@ -1,8 +1,8 @@
 """The adapters that a server keeps on its own disk: fetched, checked, recorded, cleaned up.
 
-Knows sources, content and the catalogue, and runs them on threads of its own, so that a source
-that hangs holds up neither the event loop nor other sources' users. Knows nothing of what is in
-memory, nor of requests.
+Knows sources, content and the catalogue, and runs them on threads of its own. The disk's threads
+are not the source's, so that a source that hangs holds up no restart, unload or rolling back, nor
+what it does give. Knows nothing of what is in memory, nor of requests.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from lorax_serve.errors import AdapterConflict, LoraxError, SourceFailed, SourceReason
+from lorax_serve.frontend.source_threads import SourceThreads
 from lorax_serve.frontend.upload import Upload
 from lorax_serve.sources import FetchLimits, Source, WatchableSource
+from lorax_serve.sources.transfer import place
 from lorax_serve.store.catalog import Catalog, NameRecord, Unloaded
-from lorax_serve.store.content import ContentStore
+from lorax_serve.store.content import ContentStore, Stage
 from lorax_serve.store.recovery import recover, remove_unreferenced
 
 __all__ = ["Fetched", "Library"]
 
-_THREADS = 4
+_DISK_THREADS = 4
+_MOST_FETCHES = 16
+# Sources keep to their limits by themselves, network time-outs included. Beyond that hang mounts
+# and name servers, which nothing can interrupt.
+_GRACE_SECONDS = 15.0
 
 _T = TypeVar("_T")
 
@@ -72,11 +78,14 @@ class Library:
     ) -> None:
         self.source = source
         self._limits = limits
+        self._fetches = SourceThreads(_MOST_FETCHES)
+        # One that hangs is not joined by another one at each pass.
+        self._listings = SourceThreads(1)
         with ExitStack() as opened:
             self._content = opened.enter_context(ContentStore(state))
             self._catalog = opened.enter_context(Catalog(state / "catalog.db", history))
             self._recovery = recover(self._content, self._catalog)
-            self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="library")
+            self._threads = ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="library")
             opened.callback(self._threads.shutdown, wait=False, cancel_futures=True)
             self._opened = opened.pop_all()
         for name in (*self._recovery.missing, *self._recovery.damaged):
@@ -105,15 +114,14 @@ class Library:
         source = self.source
         if source is None:
             raise AdapterConflict("this server loads no adapters: start it with --adapters")
-        with ExitStack() as stack:
-            stage = stack.enter_context(self._content.stage())
-            signature = await self._run(lambda: source.fetch(path, stage.path, self._limits))
+        async with self._stage() as stage:
+            signature = await self._ask(
+                self._fetches,
+                place(source.uri, path),
+                lambda: source.fetch(path, stage.path, self._limits),
+            )
             digest = await self._run(lambda: self._content.commit(stage, expected))
-            try:
-                yield Fetched(digest, self._content.path(digest), source.uri, path, signature)
-            finally:
-                stack.close()
-                await self.clean([digest])
+            yield Fetched(digest, self._content.path(digest), source.uri, path, signature)
 
     @asynccontextmanager
     async def receive(self, upload: Upload) -> AsyncIterator[Fetched]:
@@ -133,8 +141,7 @@ class Library:
                 f"the upload has {upload.nbytes} bytes, more than the limit of {limits.max_bytes} "
                 "(--max-adapter-bytes)",
             )
-        with ExitStack() as stack:
-            stage = stack.enter_context(self._content.stage())
+        async with self._stage() as stage:
             try:
                 async with asyncio.timeout(limits.seconds):
                     await upload.write(
@@ -146,11 +153,7 @@ class Library:
                     f"the upload did not come within {limits.seconds:g} s (--fetch-seconds)",
                 ) from error
             digest = await self._run(lambda: self._content.commit(stage, upload.digest))
-            try:
-                yield Fetched(digest, self._content.path(digest), None, "", "")
-            finally:
-                stack.close()
-                await self.clean([digest])
+            yield Fetched(digest, self._content.path(digest), None, "", "")
 
     async def record(self, name: str, fetched: Fetched, weight: int, pinned: bool) -> int:
         """Have ``name`` mean this content from now on, also after a restart.
@@ -240,10 +243,39 @@ class Library:
         return self._content.path(digest)
 
     async def listing(self) -> dict[str, str] | None:
-        """What the source has: signatures by path; None if it cannot be listed."""
-        if not isinstance(self.source, WatchableSource):
+        """What the source has: signatures by path; None if it cannot be listed.
+
+        Raises:
+            SourceFailed: the source did not say.
+        """
+        source = self.source
+        if not isinstance(source, WatchableSource):
             return None
-        return await self._run(self.source.list)
+        return await self._ask(self._listings, source.uri, source.list)
+
+    @asynccontextmanager
+    async def _stage(self) -> AsyncIterator[Stage]:
+        """A directory to write an adapter's files in; what was committed stays if it was recorded
+        by the end of the block."""
+        stack = ExitStack()
+        stage = await self._run(lambda: stack.enter_context(self._content.stage()))
+        try:
+            yield stage
+        finally:
+            await self._run(stack.close)  # half of a large file takes its time to go
+            if stage.digest is not None:
+                await self.clean([stage.digest])
+
+    async def _ask(self, threads: SourceThreads, what: str, work: Callable[[], _T]) -> _T:
+        seconds = self._limits.seconds + _GRACE_SECONDS
+        try:
+            return await threads.run(work, seconds)
+        except TimeoutError:
+            raise SourceFailed(
+                SourceReason.TIMEOUT,
+                f"{what}: the source gave nothing within {seconds:g} s; check the network, or the "
+                "mount, and try again",
+            ) from None
 
     async def _run(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Iterator
 
@@ -11,6 +12,8 @@ from lorax_serve.frontend.version import Adapter, AdapterState
 __all__ = ["Names", "check_digest", "check_name", "is_name", "split_name"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# Names in a message; there may be thousands.
+_MOST_SHOWN = 8
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 
 
@@ -72,11 +75,11 @@ class Names:
             yield from versions.values()
 
     def __str__(self) -> str:
-        names = sorted(self._current)
-        if not names:
+        if not self._current:
             return "no adapter is loaded"
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        return f"loaded: {', '.join(names[:8])}{more}"
+        shown = heapq.nsmallest(_MOST_SHOWN, self._current)
+        more = len(self._current) - len(shown)
+        return f"loaded: {', '.join(shown)}{f' and {more} more' if more else ''}"
 
     def get(self, name: str) -> Adapter | None:
         """What the name means now."""

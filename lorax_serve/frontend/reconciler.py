@@ -21,6 +21,8 @@ from lorax_serve.errors import (
     AdapterRejected,
     InvalidRequest,
     LoraxError,
+    SourceFailed,
+    SourceReason,
     StoreFailed,
 )
 from lorax_serve.frontend.backoff import Backoff
@@ -31,6 +33,8 @@ from lorax_serve.store.catalog import NameRecord
 __all__ = ["Reconciler"]
 
 _PROGRESS_SECONDS = 5.0
+# A start waits for the first pass. A source that hangs must not hold it up once for each adapter.
+_MOST_TIMEOUTS = 3
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +84,20 @@ class Reconciler:
         for name in await self._unloaded(changed):
             del changed[name]
         last_word = time.monotonic()
+        timeouts = 0
         for done, (name, signature) in enumerate(changed.items()):
+            if timeouts == _MOST_TIMEOUTS:
+                log.error(
+                    "the source hangs: %d adapters wait for a later pass", len(changed) - done
+                )
+                break
             if time.monotonic() - last_word > _PROGRESS_SECONDS:
                 last_word = time.monotonic()
                 log.info("%d of %d new adapters looked at", done, len(changed))
+            before = self.failures.get(name)
             await self._try(name, partial(self._registry.load, name), signature)
+            error = self.failures.get(name)
+            timeouts += error is not before and _timed_out(error)
 
     async def run_for_ever(self, seconds: float) -> None:
         """A pass every so many seconds, until cancelled."""
@@ -118,10 +131,11 @@ class Reconciler:
         return found if await self._try(source.uri, list_source) else None
 
     def _new_in(self, listing: dict[str, str], records: dict[str, NameRecord]) -> dict[str, str]:
-        """Signatures by name of what is not served as the source has it."""
+        """Signatures by name of what is not served as the source has it; what failed comes last."""
         source = self._library.source
         changed = {}
-        for path, signature in sorted(listing.items()):
+        for path in sorted(listing, key=lambda path: (path in self.failures, path)):
+            signature = listing[path]
             record = records.get(path)
             if record is not None and source is not None:
                 elsewhere = record.source is None or record.path != path
@@ -171,3 +185,7 @@ class Reconciler:
         self._refused.pop(name, None)
         self.failures.pop(name, None)
         return True
+
+
+def _timed_out(error: LoraxError | None) -> bool:
+    return isinstance(error, SourceFailed) and error.reason is SourceReason.TIMEOUT

@@ -20,6 +20,7 @@ from lorax_serve.core import AdapterScale, AdapterTier, Freed
 from lorax_serve.errors import (
     AdapterConflict,
     AdapterNotFound,
+    AdapterRejected,
     InvalidRequest,
     LoraxError,
     SourceFailed,
@@ -54,6 +55,7 @@ class AdapterRegistry:
         listeners: told of every change.
         history: how many earlier versions of a name stay loaded.
         on_demand: whether a request loads what it names from the library's source.
+        clock: seconds that never go back.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class AdapterRegistry:
         *,
         history: int = 0,
         on_demand: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._library = library
@@ -74,7 +77,7 @@ class AdapterRegistry:
         self._loading: set[str] = set()
         self._wanted: dict[str, asyncio.Task[Adapter]] = {}
         """Loads that requests wait for."""
-        self._backoff = Backoff()
+        self._backoff = Backoff(clock)
         self._compositions = Compositions(engine, versions, background)
         versions.on_retired = self._compositions.leave
 
@@ -218,8 +221,12 @@ class AdapterRegistry:
             LoraxError: as ``load``, where no adapter was found to look at.
         """
         check_name(name)
-        async with self._library.fetch(path or name) as fetched:
-            return await self._engine.inspect_adapter(str(fetched.directory))
+        # To its end, so that a call that is cancelled leaves nothing on the disk.
+        return await asyncio.shield(self._background.run(self._inspect(path or name)))
+
+    async def close(self) -> None:
+        """Give up what is still being loaded or waits to be freed. The engine is there still."""
+        await self._background.close()
 
     async def update(
         self, name: str, weight: int | None = None, pinned: bool | None = None
@@ -316,6 +323,10 @@ class AdapterRegistry:
         finally:
             self._loading.discard(name)
 
+    async def _inspect(self, path: str) -> LoadReport:
+        async with self._library.fetch(path) as fetched:
+            return await self._engine.inspect_adapter(str(fetched.directory))
+
     async def _take(
         self,
         name: str,
@@ -361,15 +372,22 @@ class AdapterRegistry:
     async def _load_on_demand(self, name: str) -> Adapter:
         """Load what a request names; what failed is left alone for a while."""
         self._backoff.check(name)
+        failure: LoraxError
         try:
             adapter = await self.load(name)
         except LoraxError as error:
-            if isinstance(error, SourceFailed) and error.reason is SourceReason.NOT_FOUND:
-                error = AdapterNotFound(f"adapter_id {name!r} is not loaded, and {error}")
-            self._backoff.failed(name, error)
-            raise error from None
-        self._backoff.succeeded(name)
-        return adapter
+            failure = error
+        else:
+            self._backoff.succeeded(name)
+            return adapter
+        # Who sent the request has asked for no load: say which adapter this is about.
+        if isinstance(failure, SourceFailed) and failure.reason is SourceReason.NOT_FOUND:
+            failure = AdapterNotFound(f"adapter_id {name!r} is not loaded, and {failure}")
+        elif isinstance(failure, AdapterRejected):
+            text = f"adapter_id {name!r} is not loaded, and is refused: {failure}"
+            failure = AdapterRejected(failure.reason, text, failure.report)
+        self._backoff.failed(name, failure)
+        raise failure
 
     async def _update(self, adapter: Adapter, weight: int | None, pinned: bool | None) -> Adapter:
         try:

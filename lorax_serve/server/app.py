@@ -75,6 +75,7 @@ class Server:
     Args:
         config: its settings.
         start_engine: another engine, for tests.
+        clock: seconds that never go back; says when what has failed may be tried again.
 
     Attributes:
         port: of gRPC, once it listens.
@@ -88,6 +89,7 @@ class Server:
         self,
         config: ServerConfig,
         start_engine: Callable[[EngineConfig], Awaitable[AsyncEngine]] = AsyncEngine.start,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.port = 0
         self.metrics_port: int | None = None
@@ -96,11 +98,14 @@ class Server:
         self.failed = asyncio.Event()
         self._config = config
         self._start_engine = start_engine
+        self._clock = clock
         self._health = health.aio.HealthServicer()
         self._guard = Guard(self.metrics.error)
         self._grpc = grpc.aio.server(options=_OPTIONS, interceptors=[self._guard])
         self._generation = GenerationServicer()
         self._adapters = AdapterServicer()
+        self._ports = contextlib.AsyncExitStack()
+        """What listens; closed before all else, which the calls need."""
         self._cleanup = contextlib.AsyncExitStack()
         self._engine: AsyncEngine
         self._generator: TextGenerator
@@ -130,7 +135,7 @@ class Server:
             await self._listen()
             await self._load()
         except BaseException:
-            await self._cleanup.aclose()
+            await self._close()
             raise
         self._guard.open()
         await self._report_health(health_pb2.HealthCheckResponse.SERVING)
@@ -142,7 +147,7 @@ class Server:
         if not await self._generator.drain(self._config.drain_seconds):
             log.warning("requests still ran after %g s", self._config.drain_seconds)
             await self._grpc.stop(None)  # which cancels them
-        await self._cleanup.aclose()
+        await self._close()
 
     async def __aenter__(self) -> Server:
         await self.start()
@@ -156,11 +161,15 @@ class Server:
     ) -> None:
         await self.stop()
 
+    async def _close(self) -> None:
+        async with self._cleanup:
+            await self._ports.aclose()
+
     async def _listen(self) -> None:
         host, port, metrics_port = self._config.host, self._config.port, self._config.metrics_port
         if metrics_port is not None:
             metrics_server = MetricsServer(self.metrics, host, metrics_port)
-            self._cleanup.push_async_callback(metrics_server.stop)
+            self._ports.push_async_callback(metrics_server.stop)
             self.metrics_port = metrics_server.port
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self._generation, self._grpc)
@@ -175,7 +184,7 @@ class Server:
         except RuntimeError as error:
             raise InvalidRequest(f"port: cannot listen on {address}: is it in use?") from error
         await self._grpc.start()
-        self._cleanup.push_async_callback(self._grpc.stop, _LAST_WRITES_SECONDS)
+        self._ports.push_async_callback(self._grpc.stop, _LAST_WRITES_SECONDS)
 
     async def _load(self) -> None:
         root = self._config.adapters
@@ -183,13 +192,6 @@ class Server:
             raise InvalidRequest(f"adapters: no such directory: {root}")
         library = self._open_library()
         self._engine = engine = await self._start_engine(self._config.engine)
-        # The engine outlives the calls: they are pushed, so stopped, in the reverse order.
-        stop_calls = self._cleanup.pop_all()
-        self._cleanup.push_async_callback(engine.close)
-        self._cleanup.push_async_exit(stop_calls)
-        self._watch(engine)
-        self.metrics.stats = engine.stats
-        engine.on_step = self.metrics.step
         files = InPlace(root) if library is None else library
         registry = AdapterRegistry(
             engine,
@@ -197,7 +199,14 @@ class Server:
             (self.metrics, self._adapters.watchers),
             history=self._config.adapter_history,
             on_demand=self._config.load_on_demand,
+            clock=self._clock,
         )
+        # The engine outlives the loads, and the library both.
+        self._cleanup.push_async_callback(engine.close)
+        self._cleanup.push_async_callback(registry.close)
+        self._watch(engine)
+        self.metrics.stats = engine.stats
+        engine.on_step = self.metrics.step
         tokenizer = await asyncio.to_thread(Tokenizer, engine.info.directory)
         self._generator = TextGenerator(engine, registry, tokenizer, self.metrics)
         self._generation.generator = self._generator
@@ -210,7 +219,9 @@ class Server:
     async def _reconcile(self, registry: AdapterRegistry, library: Library) -> None:
         """Serve what should be served, and go on seeing to that."""
         config = self._config
-        reconciler = Reconciler(registry, library, from_source=not config.load_on_demand)
+        reconciler = Reconciler(
+            registry, library, from_source=not config.load_on_demand, clock=self._clock
+        )
         self.refused = reconciler.failures
         await reconciler.run_once()
         if config.watch_seconds:

@@ -46,7 +46,8 @@ _ADVICE = {
     SourceReason.NOT_FOUND: "check the bucket and the path",
     SourceReason.DENIED: "check the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE), the region and "
     "that they may read and list this bucket",
-    SourceReason.UNAVAILABLE: "try again; if it stays, check AWS_ENDPOINT_URL_S3 and the network",
+    SourceReason.UNAVAILABLE: "try again; if it stays, check AWS_ENDPOINT_URL_S3, the region "
+    "and the network",
 }
 
 
@@ -150,7 +151,23 @@ class S3Source:
         with self._making:
             if self._session is None:
                 self._session = boto3.session.Session()
-            return self._session.client("s3", config=config)
+            client = self._session.client("s3", config=config)
+        client.meta.events.register("before-call.s3.HeadBucket", _OnlyOnce())
+        return client
+
+
+class _OnlyOnce:
+    """Lets one request pass. When it is redirected, boto3 asks a bucket for its region; where that
+    is redirected too, it would ask again and again."""
+
+    def __init__(self) -> None:
+        self._passed = False
+
+    def __call__(self, **_: Any) -> None:
+        if self._passed:
+            nothing: dict[str, Any] = {"Error": {}, "ResponseMetadata": {"HTTPHeaders": {}}}
+            raise exceptions.ClientError(nothing, "HeadBucket")
+        self._passed = True
 
 
 def _cut_off(stream: Any) -> None:
@@ -189,6 +206,9 @@ def _meaning(error: Exception) -> tuple[SourceReason, str]:
     if isinstance(error, exceptions.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
         code = error.response.get("Error", {}).get("Code", "")
+        if 300 <= status < 400:
+            what = f"the server answered {status}, that it is to be found elsewhere"
+            return SourceReason.UNAVAILABLE, what
         return reason_of_status(status), f"the server answered {status} ({str(code)[:80]})"
     if isinstance(error, _CREDENTIALS):
         return SourceReason.DENIED, f"there are no usable credentials ({kind})"

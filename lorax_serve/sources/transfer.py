@@ -48,7 +48,7 @@ class Transfer:
             raise SourceFailed(
                 SourceReason.TIMEOUT,
                 f"{self._adapter}: was not fetched within {self._limits.seconds:g} s; try again, "
-                "or raise the time limit of a fetch",
+                "or allow more time (--fetch-seconds)",
             )
         return left
 
@@ -72,7 +72,8 @@ class Transfer:
             raise SourceFailed(
                 SourceReason.TOO_LARGE,
                 f"{self._adapter}/{file}: has {size} bytes, which makes the adapter larger than "
-                f"the limit of {self._limits.max_bytes}; raise the limit if it is meant to be",
+                f"the limit of {self._limits.max_bytes}; raise that (--max-adapter-bytes) if it is "
+                "meant to be",
             )
         self._bytes_left -= size
         received = 0

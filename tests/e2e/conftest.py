@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -30,13 +31,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def start_server(tiny_model: Path) -> AsyncIterator[StartServer]:
-    """Start servers of the tiny model (or ``model``) in float32; all stop after the test."""
+    """Start servers of the tiny model (or ``model``) in float32; all stop after the test. Other
+    keywords are the engine's settings, ``server`` has the server's."""
     async with AsyncExitStack() as stack:
 
         async def start(
             adapters: Path | None = None,
             model: Path | str = tiny_model,
             state: Path | None = None,
+            clock: Callable[[], float] = time.monotonic,
+            server: dict[str, Any] | None = None,
             **engine: Any,
         ) -> Server:
             settings = {
@@ -54,7 +58,8 @@ async def start_server(tiny_model: Path) -> AsyncIterator[StartServer]:
                 adapters=adapters,
                 state=state,
                 drain_seconds=20,
+                **(server or {}),
             )
-            return await stack.enter_async_context(Server(config))
+            return await stack.enter_async_context(Server(config, clock=clock))
 
         yield start

@@ -8,9 +8,7 @@ import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from lorax_serve.client import AsyncClient
 from lorax_serve.errors import AdapterConflict, LoraxError
 from lorax_serve.store.digest import digest_of
 from tests.e2e.conftest import StartServer
+from tests.e2e.process import start_process
 from tests.e2e.test_serving import client_of
 
 ALL = "all-linear"
@@ -110,7 +109,7 @@ async def test_what_was_acknowledged_survives_kill_9(
     choose = random.Random(4)
     expected: dict[str, set[str | None]] = {}
     for _ in range(kills):
-        process, client = await _start(tiny_model, adapters, state)
+        process, client = await start_process(tiny_model, adapters, state)
         try:
             async with client:
                 await _check(client, expected, state)
@@ -123,36 +122,11 @@ async def test_what_was_acknowledged_survives_kill_9(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    process, client = await _start(tiny_model, adapters, state)
+    process, client = await start_process(tiny_model, adapters, state)
     async with client:
         await _check(client, expected, state)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-async def _start(
-    model: Path, adapters: Path, state: Path
-) -> tuple[subprocess.Popen[str], AsyncClient]:
-    command = [sys.executable, "-m", "lorax_serve.cli.serve", "--model", str(model)]
-    command += ["--source", str(adapters), "--state", str(state), "--load-on-demand", "on"]
-    command += ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "off"]
-    process = subprocess.Popen(  # noqa: ASYNC220 - the test does nothing else meanwhile
-        [*command, "--dtype", "float32"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    with process.stdout:
-        line = await asyncio.to_thread(_ready_line, process.stdout)
-    return process, AsyncClient(line.split()[-1])
-
-
-def _ready_line(stream: Iterable[str]) -> str:
-    """The one that says where the server listens, once it is ready."""
-    lines = list(itertools.takewhile(lambda line: not line.startswith("ready"), stream))
-    return next(line for line in lines if line.startswith("gRPC"))
 
 
 async def _work(

@@ -53,6 +53,7 @@ class Place:
         self.source.mkdir()
         self.engine = Engine()
         self.libraries: list[Library] = []
+        self.now = 0.0
 
     def write(self, name: str, weights: bytes) -> str:
         directory = self.source / name
@@ -63,18 +64,29 @@ class Place:
         return digest_of(directory)
 
     def start(
-        self, *, on_demand: bool = False, history: int = 2, source: bool = True
+        self,
+        *,
+        on_demand: bool = False,
+        history: int = 2,
+        source: bool = True,
+        fetch_seconds: float = 10,
     ) -> AdapterRegistry:
         self.stop()
         self.engine = Engine()
-        limits = FetchLimits(1000, 10)
+        limits = FetchLimits(1000, fetch_seconds)
         place = open_source(str(self.source)) if source else None
         self.libraries = [Library(self.state, place, limits, history)]
-        return AdapterRegistry(self.engine, self.libraries[0], history=history, on_demand=on_demand)
+        self.now = 0.0
+        return AdapterRegistry(
+            self.engine,
+            self.libraries[0],
+            history=history,
+            on_demand=on_demand,
+            clock=lambda: self.now,
+        )
 
     def reconciler(self, registry: AdapterRegistry, *, from_source: bool = True) -> Reconciler:
-        """Of a registry that this has started; ``now`` is its clock."""
-        self.now = 0.0
+        """Of a registry that this has started; ``now`` is the clock of both."""
         return Reconciler(
             registry, self.libraries[0], from_source=from_source, clock=lambda: self.now
         )
@@ -95,6 +107,11 @@ class Place:
     def stop(self) -> None:
         for library in self.libraries:
             library.close()
+
+    @property
+    def staged(self) -> list[Path]:
+        """What is being written."""
+        return list((self.state / "staging").iterdir())
 
     @property
     def kept(self) -> set[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,14 @@ from lorax_serve.errors import (
     AdapterNotFound,
     AdapterRejected,
     InvalidRequest,
+    LoraxError,
     SourceFailed,
     SourceReason,
 )
 from lorax_serve.frontend.in_place import InPlace
 from lorax_serve.frontend.registry import AdapterRegistry
 from lorax_serve.frontend.version import AdapterState
+from lorax_serve.sources import FetchLimits
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
 from tests.frontend.place import Engine, Place
 from tests.server.harness import until
@@ -129,11 +133,34 @@ async def test_what_failed_is_left_alone_for_a_while(place: Place) -> None:
     registry = place.start(on_demand=True)
     place.write("poet", b"bad")
     for _ in range(3):
-        with pytest.raises(AdapterRejected, match="it is bad"):
+        with pytest.raises(AdapterRejected, match=r"'poet' .* refused: it is bad"):
             await registry.admit("poet")
     assert place.engine.loads == 1
     place.write("poet", b"good")
     assert (await registry.load("poet")).name == "poet"  # an operator need not wait
+
+
+@pytest.mark.parametrize("reason", [SourceReason.NOT_FOUND, SourceReason.UNAVAILABLE])
+async def test_what_a_failed_load_had_in_hand_is_not_kept(
+    place: Place, monkeypatch: pytest.MonkeyPatch, reason: SourceReason
+) -> None:
+    class Client:
+        pass
+
+    clients = []
+
+    def fetch(path: str, into: Path, limits: FetchLimits) -> str:
+        client = Client()
+        clients.append(weakref.ref(client))
+        raise SourceFailed(reason, "no") from OSError(client)
+
+    registry = place.start(on_demand=True)
+    monkeypatch.setattr(place.libraries[0].source, "fetch", fetch)
+    for _ in range(2):
+        with pytest.raises(LoraxError, match="no"):
+            await registry.admit("poet")
+    gc.collect()
+    assert [client() for client in clients] == [None]
 
 
 async def test_a_source_that_is_gone_leaves_what_is_loaded_alone(place: Place) -> None:

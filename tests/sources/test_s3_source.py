@@ -239,6 +239,37 @@ def test_statuses(
     assert [m for m, path, _ in server.requests if file in path].count(method) == 1  # no retries
 
 
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize("region", [{}, {"x-amz-bucket-region": "eu-west-1"}])
+def test_redirects(
+    server: RawServer, into: Path, method: str, status: int, region: dict[str, str]
+) -> None:
+    # As a proxy does that sends everything elsewhere, what is asked of the bucket too.
+    to = {"Location": "http://127.0.0.1:1/login"} | region
+
+    def script(asked: str, path: str) -> Answer | None:
+        wanted = asked == method or path == "/bkt"
+        return Answer(status=status, headers=to) if wanted else right(asked, path)
+
+    server.script = script
+    error = failure(SOURCE, "poet", into)
+    assert error.reason is SourceReason.UNAVAILABLE
+    assert f"answered {status}" in str(error)
+    assert len(server.requests) <= 4  # what it wanted, and once more what the bucket's region is
+
+
+def test_a_bucket_of_another_region(server: RawServer, into: Path) -> None:
+    def script(method: str, path: str) -> Answer | None:
+        if path == "/bkt":
+            return Answer(status=301, headers={"x-amz-bucket-region": "eu-west-1"})
+        elsewhere = "/eu-west-1/" in server.requests[-1][2]["Authorization"]
+        return right(method, path) if elsewhere else Answer(status=301)
+
+    server.script = script
+    assert fetched(SOURCE, "poet", into)[0] == ADAPTER
+
+
 CUT = {
     "cut off": lambda answer: replace(answer, then="cut"),
     "announces too much": lambda answer: replace(answer, announced=len(answer.body) + 9),
