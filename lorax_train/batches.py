@@ -1,19 +1,22 @@
-"""Examples to padded batches, and the order in which they are trained on.
+"""Examples to batches, and the order in which they are trained on.
 
-Rows of like length share a batch, so that little of it is padding.
+In a batch, rows lie one after another without padding, those of one adapter together. Models that
+cannot attend so get padded rows.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from lorax_train.encode import Example
+from lorax_train.lora import Span
 
-__all__ = ["Batch", "collate", "plan_epoch", "split"]
+__all__ = ["Batch", "Share", "collate", "plan_epoch", "split"]
 
 # How many optimizer steps' rows are sorted by length together: enough that a batch holds like
 # lengths, few enough that the order of the rows stays random.
@@ -21,46 +24,115 @@ _SORTED_TOGETHER = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Rows padded on the right to one length.
+class Share:
+    """One adapter's rows in a batch.
 
     Attributes:
-        tokens: ``[rows, length]`` int64.
-        attention: ``[rows, length]`` int64, 1 for a token and 0 for padding.
-        trained: ``[rows, length]`` bool, whether the token at that place is a target.
-        n_tokens: tokens, without the padding.
-        n_targets: targets.
+        adapter: its number.
+        examples: the rows.
+        weight: of each of their targets in the loss.
+    """
+
+    adapter: int
+    examples: Sequence[Example]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one or more adapters.
+
+    Attributes:
+        tokens: int64 ``[1, T]``, rows one after another; or ``[rows, length]``, padded.
+        positions: int64, of each token in its row; in tokens' shape.
+        bounds: where each row begins, and T; None if the rows are padded.
+        mask: int64 ``[rows, length]``, 1 for a token and 0 for padding; None without padding.
+        spans: of each adapter, by place in the flattened tokens.
+        before: int64 ``[n]``: the place, in the flattened tokens, before each target.
+        labels: int64 ``[n]``: the targets.
+        weights: float32 ``[n]``: of each target in the loss.
+        target_spans: of each adapter, by place in the targets.
+        n_tokens: tokens, without padding.
     """
 
     tokens: torch.Tensor
-    attention: torch.Tensor
-    trained: torch.Tensor
+    positions: torch.Tensor
+    bounds: tuple[int, ...] | None
+    mask: torch.Tensor | None
+    spans: tuple[Span, ...]
+    before: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    target_spans: tuple[Span, ...]
     n_tokens: int
-    n_targets: int
+
+    @property
+    def n_targets(self) -> int:
+        """Number of targets."""
+        return len(self.labels)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
-        return Batch(
-            self.tokens.to(device),
-            self.attention.to(device),
-            self.trained.to(device),
-            self.n_tokens,
-            self.n_targets,
-        )
+        moved: dict[str, Any] = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad ``examples`` on the right to the longest."""
-    shape = len(examples), max(len(example.tokens) for example in examples)
-    tokens = torch.full(shape, pad_id, dtype=torch.int64)
-    attention = torch.zeros(shape, dtype=torch.int64)
-    trained = torch.zeros(shape, dtype=torch.bool)
-    for i, example in enumerate(examples):
-        length = len(example.tokens)
-        tokens[i, :length] = torch.tensor(example.tokens)
-        attention[i, :length] = 1
-        trained[i, :length] = torch.tensor(example.trained)
-    return Batch(tokens, attention, trained, int(attention.sum()), int(trained.sum()))
+def collate(
+    shares: Sequence[Share] | Sequence[Example], pad_id: int, *, padded: bool = False
+) -> Batch:
+    """Lay out the rows of ``shares``, or examples of the first adapter.
+
+    Args:
+        shares: in the order of their adapters.
+        pad_id: fills up short rows if they are padded; any token does, the padding is masked.
+        padded: one row below the other, padded on the right to the longest.
+    """
+    shares = [
+        *(share for share in shares if isinstance(share, Share)),
+        *([Share(0, rest)] if (rest := [e for e in shares if isinstance(e, Example)]) else []),
+    ]
+    rows = [example for share in shares for example in share.examples]
+    width = max(len(example.tokens) for example in rows) if padded else 0
+    tokens: list[int] = []
+    positions: list[int] = []
+    mask: list[int] = []
+    bounds, spans, target_spans = [0], [], []
+    before: list[int] = []
+    labels: list[int] = []
+    weights: list[float] = []
+    for share in shares:
+        start, first = len(tokens), len(labels)
+        for example in share.examples:
+            at = len(tokens)
+            places = [i for i, trained in enumerate(example.trained) if trained]
+            before += [at + i - 1 for i in places]
+            labels += [example.tokens[i] for i in places]
+            length = len(example.tokens)
+            padding = max(0, width - length)
+            tokens += [*example.tokens, *[pad_id] * padding]
+            positions += range(length + padding)
+            mask += [*[1] * length, *[0] * padding]
+            bounds.append(len(tokens))
+        weights += [share.weight] * (len(labels) - first)
+        spans.append(Span(share.adapter, start, len(tokens)))
+        target_spans.append(Span(share.adapter, first, len(labels)))
+    shape = (len(rows), width) if padded else (1, len(tokens))
+    return Batch(
+        tokens=torch.tensor(tokens).view(shape),
+        positions=torch.tensor(positions).view(shape),
+        bounds=None if padded else tuple(bounds),
+        mask=torch.tensor(mask).view(shape) if padded else None,
+        spans=tuple(spans),
+        before=torch.tensor(before, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        target_spans=tuple(target_spans),
+        n_tokens=sum(len(example.tokens) for example in rows),
+    )
 
 
 def plan_epoch(

@@ -25,7 +25,7 @@ __all__ = [
     "TrainConfig",
 ]
 
-Init = Literal["kaiming", "gaussian"]
+Init = Literal["kaiming", "gaussian", "pissa"]
 Optimizer = Literal["adamw", "adam"]
 Schedule = Literal["cosine", "linear", "constant"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -47,8 +47,11 @@ class InjectionConfig:
     """``all-linear``, ``qkv``, a comma list of module names, or ``regex:`` and an expression."""
     rslora: bool = False
     """Scale by ``alpha / sqrt(r)`` instead (arXiv:2312.03732)."""
+    dora: bool = False
+    """Train the lengths of the weight's rows apart from their directions (arXiv:2402.09353)."""
     init: Init = "kaiming"
-    """How A starts (``inject.init_a``); B always starts at zero."""
+    """How A starts (``inject.init_a``), with B at zero; ``pissa``: both at the principal part of the
+    weight (arXiv:2404.02948)."""
 
     def __post_init__(self) -> None:
         _at_least("--r", self.r, 1)

@@ -1,79 +1,183 @@
-"""Next-token cross-entropy on the tokens to learn, and nothing computed for the others."""
+"""The loss of a model on a batch: next-token cross-entropy on the tokens to learn, and nothing
+computed for the others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lorax_train.attention import BOUNDS, use_row_attention
 from lorax_train.base import output_head
-from lorax_train.batches import Batch
+from lorax_train.batches import Batch, collate
+from lorax_train.encode import Example
+from lorax_train.head import head_loss
+from lorax_train.inject import LoRALayer, Routing
+from lorax_train.lean import make_lean
 
-__all__ = ["TargetLoss", "mean_loss"]
+__all__ = ["LossFunction", "TargetLoss", "mean_loss"]
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From logits ``[n, vocabulary]`` float32 and labels ``[n]`` to each target's loss ``[n]``."""
+
+# Targets whose logits exist at a time where the head's own gradient is wanted.
+_CHUNK = 256
+# Sums of products in another order differ by this much of the largest logit.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The default loss of each target, in nats."""
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 class TargetLoss:
     """The loss of a model on a batch.
 
-    With ``head_on_targets`` the output head runs on the hidden states of target positions only:
-    with a large vocabulary and short answers it would otherwise be most of the work. That is right
-    only where the logits are the head of the last hidden state and nothing more (no soft-capping,
-    no scaling), which ``check`` finds out by trying.
+    Args:
+        model: the base, with or without adapters in it.
+        routing: tells the layers whose the tokens are.
+        padded: whether the model must have padded rows, because it does not call the attention
+            that keeps rows apart.
+        head_on_targets: whether the logits are the head of the last hidden state and nothing more
+            (no soft-capping, no scaling): then they are computed for the targets only.
+        function: of each target's logits and label.
     """
 
-    def __init__(self, model: PreTrainedModel, *, head_on_targets: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        routing: Routing | None = None,
+        *,
+        padded: bool = True,
+        head_on_targets: bool = False,
+        function: LossFunction = cross_entropy,
+    ) -> None:
         self.model = model
+        self.routing = routing or Routing()
+        self.padded = padded
         self.head_on_targets = head_on_targets
+        self.function = function
 
     @classmethod
-    def check(cls, model: PreTrainedModel, batch: Batch) -> TargetLoss:
-        """Choose ``head_on_targets`` by comparing both ways on ``batch``, bit for bit."""
-        fast = cls(model, head_on_targets=True)
-        whole = cls(model, head_on_targets=False)
+    def prepare(
+        cls,
+        model: PreTrainedModel,
+        example: Example,
+        routing: Routing | None = None,
+        function: LossFunction = cross_entropy,
+    ) -> TargetLoss:
+        """Make the model compute no more than is needed, as far as a trial shows that it computes
+        the same; to be called before adapters are put into it.
+
+        Args:
+            model: frozen; changed in place.
+            example: to try it on.
+            routing: of the adapters to come.
+            function: of each target's logits and label.
+        """
+        rows = [example, Example(example.tokens[::-1], example.trained, example.where)]
+        plain = collate(rows, 0, padded=True).to(model.device)
+        loss = cls(model, routing, function=function)
         with torch.no_grad():
-            hidden = fast.hidden(batch)
-            head = output_head(model)
-            if hidden is None or head is None:
-                return whole
-            same = torch.equal(head(hidden).float(), whole.all_logits(batch).float())
-        return fast if same else whole
+            expected = loss.logits(plain)
+            hidden, head = loss.hidden(plain), output_head(model)
+            if hidden is not None and head is not None:
+                found = head(hidden.flatten(0, 1)[plain.before])
+                loss.head_on_targets = torch.equal(found, expected)
+            make_lean(model)
+            before = model.config._attn_implementation
+            try:
+                use_row_attention(model)
+                loss.padded = False
+                found = loss.logits(collate(rows, 0).to(model.device))
+                worst = (found - expected).abs().max() / expected.abs().max()
+                loss.padded = bool(worst > _TOLERANCE[expected.dtype])
+            except (TypeError, ValueError, RuntimeError):
+                loss.padded = True
+            if loss.padded:
+                model.set_attn_implementation(before)
+        return loss
+
+    def collate(self, shares: Any, pad_id: int) -> Batch:
+        """A batch in the layout that the model takes, on its device."""
+        return collate(shares, pad_id, padded=self.padded).to(self.model.device)
 
     def hidden(self, batch: Batch) -> torch.Tensor | None:
         """The last hidden states, ``[rows, length, hidden]``; None if the model keeps them."""
         if self.model.base_model is self.model:
             return None
-        out = self.model.base_model(
-            input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False
-        )
+        with self._routed(batch):
+            out = self.model.base_model(**self._inputs(batch))
         hidden = getattr(out, "last_hidden_state", None)
         return hidden if isinstance(hidden, torch.Tensor) else None
 
-    def all_logits(self, batch: Batch) -> torch.Tensor:
-        """The model's own logits, ``[rows, length, vocabulary]``."""
-        out = self.model(input_ids=batch.tokens, attention_mask=batch.attention, use_cache=False)
-        logits: torch.Tensor = out.logits
-        return logits
-
     def logits(self, batch: Batch) -> torch.Tensor:
-        """The logits of every target, ``[n_targets, vocabulary]`` in the base's dtype.
+        """The logits of every target, ``[n, vocabulary]`` in the base's dtype.
 
         The logits for the token at position t are those that the model gives at t - 1.
         """
-        at = batch.trained[:, 1:]
         if not self.head_on_targets:
-            return self.all_logits(batch)[:, :-1][at]
+            with self._routed(batch):
+                logits: torch.Tensor = self.model(**self._inputs(batch)).logits
+            return logits.flatten(0, 1)[batch.before]
         hidden, head = self.hidden(batch), output_head(self.model)
-        assert hidden is not None  # check() has seen both
+        assert hidden is not None  # prepare() has seen both
         assert head is not None
-        logits: torch.Tensor = head(hidden[:, :-1][at])
-        return logits
+        with self._routed_targets(batch):
+            found: torch.Tensor = head(hidden.flatten(0, 1)[batch.before])
+        return found
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """The cross-entropy summed over the batch's targets: a float32 scalar, in nats."""
-        labels = batch.tokens[:, 1:][batch.trained[:, 1:]]
-        return F.cross_entropy(self.logits(batch).float(), labels, reduction="sum")
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weighted sum over the batch's targets, a float32 scalar, and each target's own loss
+        ``[n]``, without a gradient. In nats, with the default function."""
+        head = output_head(self.model)
+        if not self.head_on_targets or head is None:
+            losses = self.function(self.logits(batch).float(), batch.labels)
+            return (losses * batch.weights).sum(), losses.detach()
+        hidden = self.hidden(batch)
+        assert hidden is not None
+        at_targets = hidden.flatten(0, 1)[batch.before]
+        if self.function is cross_entropy and not isinstance(head, LoRALayer):
+            bias = getattr(head, "bias", None)
+            return head_loss(at_targets, head.weight, batch.labels, batch.weights, bias)
+        return self._in_chunks(head, at_targets, batch)
+
+    def _in_chunks(
+        self, head: nn.Module, hidden: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """With a trained head, or another loss: logits are computed again for the gradient."""
+
+        def loss_of(part: torch.Tensor, labels: torch.Tensor, adapter: int) -> torch.Tensor:
+            with self.routing.alone(adapter):
+                return self.function(head(part).float(), labels)
+
+        losses = []
+        for span in batch.target_spans:
+            for start in range(span.start, span.stop, _CHUNK):
+                at = slice(start, min(start + _CHUNK, span.stop))
+                args = (hidden[at], batch.labels[at], span.adapter)
+                losses.append(checkpoint(loss_of, *args, use_reentrant=False))
+        all_losses = torch.cat(losses)
+        return (all_losses * batch.weights).sum(), all_losses.detach()
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask, "use_cache": False}
+        if batch.bounds is not None:
+            inputs |= {"position_ids": batch.positions, BOUNDS: batch.bounds}
+        return inputs
+
+    def _routed(self, batch: Batch) -> Any:
+        return self.routing.to(batch.spans)
+
+    def _routed_targets(self, batch: Batch) -> Any:
+        return self.routing.to(batch.target_spans)
 
 
 @torch.no_grad()
@@ -84,6 +188,6 @@ def mean_loss(loss: TargetLoss, batches: Iterable[Batch]) -> float:
     """
     total, targets = 0.0, 0
     for batch in batches:
-        total += loss(batch).item()
+        total += float(loss(batch)[1].sum())
         targets += batch.n_targets
     return total / targets

@@ -1,0 +1,93 @@
+"""Attention over rows that lie one after another: each row sees itself only, and nothing is padded.
+
+Hugging Face's models call the attention that is registered under a name, and hand it whatever
+keywords the model was called with. The rows' bounds come that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+__all__ = ["BOUNDS", "attend_to_rows", "use_row_attention"]
+
+NAME = "lorax_rows"
+BOUNDS = "row_bounds"
+"""The keyword: where each row begins, and the number of tokens at the end."""
+
+
+def attend_to_rows(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    row_bounds: Sequence[int] | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each row.
+
+    Rows of one length that follow each other are computed in one call.
+
+    Args:
+        module: of the model; not used.
+        query: ``[B, heads, T, d]``.
+        key, value: ``[B, kv_heads, T, d]``.
+        attention_mask: none is made for this attention.
+        row_bounds: where the rows begin in the T tokens, and T; None: all are one row.
+        scaling: of the scores; None is ``1 / sqrt(d)``.
+        sliding_window: how many tokens each one sees, itself included.
+
+    Returns:
+        ``[B, T, heads, d]``, and None for the weights.
+    """
+    bounds = row_bounds or (0, query.shape[2])
+    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    grouped = query.shape[1] != key.shape[1]
+    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+    parts = []
+    start = 0
+    for length, group in groupby(lengths):
+        count = len(list(group))
+        stop = start + count * length
+
+        def rows(each: torch.Tensor) -> torch.Tensor:
+            batch, heads, _, width = each.shape
+            part = each[:, :, start:stop].unflatten(2, (count, length))  # noqa: B023
+            return part.transpose(1, 2).reshape(batch * count, heads, length, width)  # noqa: B023
+
+        mask = _window(length, sliding_window, query.device)
+        found = F.scaled_dot_product_attention(
+            rows(query),
+            rows(key),
+            rows(value),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        parts.append(found.transpose(1, 2).reshape(query.shape[0], count * length, *out.shape[2:]))
+        start = stop
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
+
+
+def use_row_attention(model: PreTrainedModel) -> None:
+    """Have the model call ``attend_to_rows``."""
+    AttentionInterface.register(NAME, attend_to_rows)
+    model.set_attn_implementation(NAME)
+
+
+def _window(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    if window is None or length <= window:
+        return None
+    place = torch.arange(length, device=device)
+    back = place[:, None] - place[None, :]
+    return (back >= 0) & (back < window)
