@@ -7,7 +7,7 @@ keywords the model was called with. The rows' bounds come that way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def attend_to_rows(
         ``[B, T, heads, d]``, and None for the weights.
     """
     bounds = row_bounds or (0, query.shape[2])
-    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    lengths = [stop - start for start, stop in pairwise(bounds)]
     grouped = query.shape[1] != key.shape[1]
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     parts = []
@@ -61,7 +61,7 @@ def attend_to_rows(
 
         def rows(each: torch.Tensor) -> torch.Tensor:
             batch, heads, _, width = each.shape
-            part = each[:, :, start:stop].unflatten(2, (count, length))  # noqa: B023
+            part = each[:, :, start:stop].reshape(batch, heads, count, length, width)  # noqa: B023
             return part.transpose(1, 2).reshape(batch * count, heads, length, width)  # noqa: B023
 
         mask = _window(length, sliding_window, query.device)

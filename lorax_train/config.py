@@ -50,8 +50,8 @@ class InjectionConfig:
     dora: bool = False
     """Train the lengths of the weight's rows apart from their directions (arXiv:2402.09353)."""
     init: Init = "kaiming"
-    """How A starts (``inject.init_a``), with B at zero; ``pissa``: both at the principal part of the
-    weight (arXiv:2404.02948)."""
+    """How A starts (``inject.init_a``), with B at zero; ``pissa``: both at the principal part of
+    the weight (arXiv:2404.02948)."""
 
     def __post_init__(self) -> None:
         _at_least("--r", self.r, 1)
@@ -102,6 +102,8 @@ class OptimizerConfig:
     """Share of all steps in which the learning rate rises linearly."""
     max_grad_norm: float = 1.0
     """Gradients of a greater norm are scaled down to it; 0 leaves them alone."""
+    loraplus_ratio: float = 1.0
+    """How many times A's learning rate B has (LoRA+, arXiv:2402.12354)."""
 
     def __post_init__(self) -> None:
         _one_of("--optimizer", self.name, get_args(Optimizer))
@@ -110,6 +112,7 @@ class OptimizerConfig:
         _finite("--weight-decay", self.weight_decay, at_least=0.0)
         _finite("--warmup-ratio", self.warmup_ratio, at_least=0.0, below=1.0)
         _finite("--max-grad-norm", self.max_grad_norm, at_least=0.0)
+        _finite("--loraplus-ratio", self.loraplus_ratio, above=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,14 @@ class LoopConfig:
     """Of A's start, the dropout, the split and the order of the rows."""
     log_every: int = 10
     """Steps between two lines of progress where the output is no terminal."""
+    eval_every: int | None = None
+    """Steps between two evaluations on held-out rows; None: after each epoch."""
+    patience: int | None = None
+    """Stop after so many evaluations without a lower held-out loss; None: never."""
+    keep_best: bool = True
+    """Save the weights of the lowest held-out loss, if there are held-out rows, not the last."""
+    save_every: int | None = None
+    """Steps between two checkpoints, from which ``--resume`` goes on; None: none are written."""
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -137,8 +148,14 @@ class LoopConfig:
             ("--log-every", self.log_every),
         ):
             _at_least(flag, value, 1)
-        if self.max_steps is not None:
-            _at_least("--max-steps", self.max_steps, 1)
+        for flag, optional in (
+            ("--max-steps", self.max_steps),
+            ("--eval-every", self.eval_every),
+            ("--patience", self.patience),
+            ("--save-every", self.save_every),
+        ):
+            if optional is not None:
+                _at_least(flag, optional, 1)
         _at_least("--seed", self.seed, 0)
         if self.seed >= 1 << 63:
             raise TrainingError(f"--seed must be below 2**63, not {self.seed}")
@@ -174,6 +191,8 @@ class TrainConfig:
     lora: InjectionConfig = field(default_factory=InjectionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    name: str = ""
+    """What messages call the adapter, where several are trained at once."""
 
     def __post_init__(self) -> None:
         _one_of("--device", self.device, get_args(Device))

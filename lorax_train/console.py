@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
+from lorax_train.trainer import TrainingListener
+from lorax_train.training_run import TrainingRun
+
 __all__ = ["Console", "size"]
 
+_SHOWN_RUNS = 4
 
-class Console:
+
+class Console(TrainingListener):
     """Writes to one stream: a progress bar if it is a terminal, else a line every few steps."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.is_terminal = stream.isatty()
         self._bar: tqdm[NoReturn] | None = None
-        self._total = 0
-        self._log_every = 1
 
     def line(self, text: str = "") -> None:
         """Write a line, above the progress bar if there is one."""
@@ -34,30 +38,54 @@ class Console:
         """Set ``text`` apart as of less weight: dim in a terminal, in ⟦⟧ elsewhere."""
         return f"\x1b[2m{text}\x1b[22m" if self.is_terminal else f"⟦{text}⟧"
 
-    def start(self, total_steps: int, log_every: int) -> None:
+    def started(self, runs: Sequence[TrainingRun]) -> None:
         """Begin to show progress."""
-        self._total, self._log_every = total_steps, log_every
         if self.is_terminal:
-            self._bar = tqdm(total=total_steps, file=self.stream, unit="step")
+            total = max(run.total_steps for run in runs)
+            done = min(run.record.steps for run in runs)
+            self._bar = tqdm(total=total, initial=done, file=self.stream, unit="step")
 
-    def step(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
-        """Show that ``step`` (from 1) is done; loss is the mean of the latest steps, in nats."""
+    def stepped(self, runs: Sequence[TrainingRun]) -> None:
+        """Show how far these runs are; the loss is the mean of the latest steps, in nats."""
+        speed = sum(run.record.tokens_per_second for run in runs)
         if self._bar is not None:
+            losses = " ".join(f"{run.record.train_loss:.3f}" for run in runs[:_SHOWN_RUNS])
+            lr = runs[0].optimizer.param_groups[0]["lr"]
             self._bar.set_postfix_str(
-                f"loss {loss:.3f}, lr {lr:.1e}, {tokens_per_second:.0f} tok/s", refresh=False
+                f"loss {losses}, lr {lr:.1e}, {speed:.0f} tok/s", refresh=False
             )
             self._bar.update()
-        elif step % self._log_every == 0 or step in (1, self._total):
-            self.line(
-                f"step {step}/{self._total}  loss {loss:.3f}  lr {lr:.1e}  "
-                f"{tokens_per_second:.0f} tok/s"
-            )
+            return
+        for run in runs:
+            step = run.record.steps
+            if step % run.loop.log_every == 0 or step in (1, run.total_steps):
+                lr = run.optimizer.param_groups[0]["lr"]
+                self.line(
+                    f"{_named(run)}step {step}/{run.total_steps}  loss "
+                    f"{run.record.train_loss:.3f}  lr {lr:.1e}  {speed:.0f} tok/s"
+                )
 
-    def stop(self) -> None:
+    def evaluated(self, run: TrainingRun, when: str) -> None:
+        """Show a held-out loss."""
+        loss = run.record.evaluations[-1].loss
+        self.line(f"{_named(run)}held-out loss {loss:.4f} ({when})")
+
+    def stopped(self, run: TrainingRun) -> None:
+        """Say that a run has ended early."""
+        self.line(
+            f"{_named(run)}stopped after step {run.record.steps}: the held-out loss has not fallen "
+            f"in {run.loop.patience} evaluations"
+        )
+
+    def ended(self, runs: Sequence[TrainingRun]) -> None:
         """Take the progress bar away from under the lines to come."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _named(run: TrainingRun) -> str:
+    return f"{run.name}: " if run.name else ""
 
 
 def size(n_bytes: float) -> str:

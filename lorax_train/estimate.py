@@ -7,8 +7,9 @@ T tokens (padding included) with K targets:
 - adapter: ``n * (8 + e)``, values and gradients in float32 and the copy cast for the products;
 - optimizer: ``n * 8``, Adam's two float32 moments;
 - activations: ``T *`` what autograd keeps for one token, which is measured on this model;
-- logits: ``K * vocabulary * (12 + 2 e)``: logits and their gradient in the base's dtype, and in
-  float32 the logits, their log-softmax and its gradient.
+- logits: with the head on targets only, those of a few targets at a time; else ``K * vocabulary *
+  (12 + 2 e)``: logits and their gradient in the base's dtype, and in float32 the logits, their
+  log-softmax and its gradient.
 
 Not counted: torch itself, the temporary tensors of single operations, and what the allocator
 wastes. On a CPU, with smollm2-135m, the latter two were 0.3 to 0.4 GB for batches of 200 and of
@@ -25,10 +26,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lorax_train.base import vocabulary_size
-from lorax_train.batches import collate
 from lorax_train.encode import Example
-from lorax_train.inject import TrainableLoRA
+from lorax_train.head import PIECE
 from lorax_train.loss import TargetLoss
+from lorax_train.training_run import TrainingRun
 
 __all__ = ["MemoryEstimate", "available_memory", "estimate"]
 
@@ -57,31 +58,36 @@ class MemoryEstimate:
 
 
 def estimate(
-    model: PreTrainedModel,
-    adapter: TrainableLoRA,
-    loss: TargetLoss,
-    examples: Sequence[Example],
-    batch_size: int,
+    model: PreTrainedModel, runs: Sequence[TrainingRun], loss: TargetLoss
 ) -> MemoryEstimate:
-    """Estimate a run whose largest batch is the ``batch_size`` longest examples."""
-    largest = sorted(examples, key=lambda example: len(example.tokens))[-batch_size:]
-    tokens = len(largest) * len(largest[-1].tokens)
-    targets = tokens
-    if loss.head_on_targets:
-        targets = sum(sorted(example.n_targets for example in examples)[-batch_size:])
-    trained = set(map(id, adapter.parameters()))
+    """Estimate a training whose largest batch has the longest examples of each run."""
+    largest = [
+        example
+        for run in runs
+        for example in sorted(run.examples, key=lambda e: len(e.tokens))[-run.loop.batch_size :]
+    ]
+    largest.sort(key=lambda example: len(example.tokens))
+    lengths = [len(example.tokens) for example in largest]
+    tokens = len(largest) * lengths[-1] if loss.padded else sum(lengths)
+    vocabulary = vocabulary_size(model)
+    trained = {id(parameter) for run in runs for parameter in run.parameters}
+    n_trained = sum(run.adapter.n_parameters for run in runs)
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers())
         if id(tensor) not in trained
     }
     size = model.dtype.itemsize
+    if loss.head_on_targets:
+        logits = 2 * 4 * max(PIECE, 16 * vocabulary)
+    else:
+        logits = tokens * vocabulary * (12 + 2 * size)
     return MemoryEstimate(
         weights=sum(storages.values()),
-        adapter=adapter.n_parameters * (8 + size),
-        optimizer=adapter.n_parameters * 8,
+        adapter=n_trained * (8 + size),
+        optimizer=n_trained * 8,
         activations=int(tokens * _activation_bytes_per_token(model, loss, largest[-1])),
-        logits=targets * vocabulary_size(model) * (12 + 2 * size),
+        logits=logits,
     )
 
 
@@ -107,9 +113,9 @@ def _kept_for_backward(model: PreTrainedModel, loss: TargetLoss, tokens: tuple[i
         storages[storage.data_ptr()] = storage  # kept alive, so that no address comes twice
         return tensor
 
-    row = collate([Example(tokens, (False,) * len(tokens), "")], 0).to(model.device)
+    row = loss.collate([Example(tokens, (False, *[True] * (len(tokens) - 1)), "")], 0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = loss.hidden(row) if loss.head_on_targets else loss.all_logits(row)
+        out = loss.hidden(row) if loss.head_on_targets else loss.logits(row)
     del out
     return sum(storage.nbytes() for storage in storages.values())
 

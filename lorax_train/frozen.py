@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -56,4 +58,6 @@ def product_of(module: nn.Module) -> FrozenProduct:
         return Conv1DProduct(module)
     if isinstance(module, nn.Linear):
         return LinearProduct(module)
-    return module.product()  # a quantized one says itself  # type: ignore[operator, no-any-return]
+    quantized: Any = module  # which says itself
+    product: FrozenProduct = quantized.product()
+    return product

@@ -1,7 +1,8 @@
 """Cross-entropy through a frozen output head, in pieces, whose gradient is computed on the way.
 
 The head is frozen, so all that its gradient is needed for is the hidden state's. It is computed in
-the forward, where the logits are at hand: they are never kept, and exist for a few tokens at a time.
+the forward, where the logits are at hand: they are never kept, and exist for a few tokens at a
+time.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["head_loss", "head_loss_reference"]
+__all__ = ["PIECE", "head_loss", "head_loss_reference"]
 
-# Logits of so many elements at a time: 32 MiB in float32.
-_ELEMENTS = 8 << 20
+PIECE = 8 << 20
+"""So many logits exist at a time: 32 MiB in float32."""
 
 
 def head_loss(
@@ -36,7 +37,8 @@ def head_loss(
     Returns:
         The sum, a float32 scalar in nats, and each target's own loss ``[n]``, without a gradient.
     """
-    total, losses = _HeadLoss.apply(hidden, weight, labels, weights, bias)
+    function: Any = _HeadLoss
+    total, losses = function.apply(hidden, weight, labels, weights, bias)
     return total, losses
 
 
@@ -54,7 +56,7 @@ def head_loss_reference(
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
@@ -63,7 +65,7 @@ class _HeadLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         n = len(hidden)
-        size = max(16, _ELEMENTS // len(weight))
+        size = max(16, PIECE // len(weight))
         losses = torch.empty(n, dtype=torch.float32, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
@@ -83,6 +85,6 @@ class _HeadLoss(torch.autograd.Function):
         return (losses * weights).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, total: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, total: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * total.to(gradient.dtype), None, None, None, None

@@ -194,7 +194,9 @@ class LoRALinear(LoRALayer):
             for span in spans:
                 if span.adapter == place:
                     part = kept[span.start : span.stop]
-                    part.copy_(torch.rand(part.shape, generator=generator, device=x.device) >= self.dropout)
+                    part.copy_(
+                        torch.rand(part.shape, generator=generator, device=x.device) >= self.dropout
+                    )
         return kept
 
     def _with_magnitudes(self, y: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
@@ -232,7 +234,7 @@ class LoRAEmbedding(LoRALayer):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Map ``[...]`` ids to ``[..., hidden]``. There is no dropout on ids."""
-        y = self.base(ids)
+        y: torch.Tensor = self.base(ids)
         spans = self.routing.of(ids.numel(), self.members)
         if not spans:
             return y
@@ -266,9 +268,7 @@ class TrainableLoRA:
 
     def pairs(self) -> dict[str, Pair]:
         """Its share of each layer, by path."""
-        return {
-            path: layer.pairs[layer.members[self.index]] for path, layer in self.layers.items()
-        }
+        return {path: layer.pairs[layer.members[self.index]] for path, layer in self.layers.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""

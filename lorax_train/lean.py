@@ -20,7 +20,7 @@ class _RMSNorm(torch.autograd.Function):
     """Keeps x and one number a token, instead of three float32 copies of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, scale)
@@ -28,7 +28,7 @@ class _RMSNorm(torch.autograd.Function):
         return weight * (wide * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, scale = ctx.saved_tensors
         normed = x.float() * scale
         d = (dy * ctx.weight).float()
@@ -40,12 +40,12 @@ class _GatedSiLU(torch.autograd.Function):
     """Keeps gate and up, and not the SiLU between them."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         return F.silu(gate) * up
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         silu = F.silu(gate)
         dgate = torch.ops.aten.silu_backward(dy * up, gate)
@@ -62,7 +62,8 @@ class LeanRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., n]`` to the same."""
-        out: torch.Tensor = _RMSNorm.apply(x, self.weight, self.variance_epsilon)
+        function: Any = _RMSNorm
+        out: torch.Tensor = function.apply(x, self.weight, self.variance_epsilon)
         return out
 
 
@@ -75,7 +76,8 @@ class LeanMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., hidden]`` to the same."""
-        out: torch.Tensor = self.down_proj(_GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
+        function: Any = _GatedSiLU
+        out: torch.Tensor = self.down_proj(function.apply(self.gate_proj(x), self.up_proj(x)))
         return out
 
 
@@ -96,7 +98,7 @@ def make_lean(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def _lean(module: nn.Module) -> nn.Module | None:
+def _lean(module: Any) -> nn.Module | None:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if isinstance(weight, torch.Tensor) and isinstance(eps, float) and weight.ndim == 1:
         found: nn.Module = LeanRMSNorm(weight, eps)

@@ -40,6 +40,9 @@ class FrozenProduct(Protocol):
     def backward_product(self, dy: torch.Tensor) -> torch.Tensor:
         """``dy @ W``: ``[T, out]`` to a new ``[T, in]``."""
 
+    def dense(self) -> torch.Tensor:
+        """The weight itself."""
+
 
 def lora_linear(
     x: torch.Tensor,
@@ -62,7 +65,8 @@ def lora_linear(
         kept: bool ``[T, in]``, which elements of x the LoRA branch sees; None: all. The scales
             have dropout's ``1 / (1 - p)`` then.
     """
-    y = _LoRALinear.apply(x.flatten(0, -2), a, b, base, scales, spans, kept)
+    function: Any = _LoRALinear
+    y = function.apply(x.flatten(0, -2), a, b, base, scales, spans, kept)
     result: torch.Tensor = y.view(*x.shape[:-1], y.shape[-1])
     return result
 
@@ -89,7 +93,7 @@ def lora_reference(
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: torch.Tensor,
         a: torch.Tensor,
@@ -118,7 +122,7 @@ class _LoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, a, b, h, kept = ctx.saved_tensors
         dy = dy.contiguous()
         branch = x if kept is None else x * kept

@@ -3,8 +3,7 @@ computed for the others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -145,8 +144,9 @@ class TargetLoss:
         assert hidden is not None
         at_targets = hidden.flatten(0, 1)[batch.before]
         if self.function is cross_entropy and not isinstance(head, LoRALayer):
+            weight: Any = head.weight
             bias = getattr(head, "bias", None)
-            return head_loss(at_targets, head.weight, batch.labels, batch.weights, bias)
+            return head_loss(at_targets, weight, batch.labels, batch.weights, bias)
         return self._in_chunks(head, at_targets, batch)
 
     def _in_chunks(
@@ -168,7 +168,11 @@ class TargetLoss:
         return (all_losses * batch.weights).sum(), all_losses.detach()
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask, "use_cache": False}
+        inputs: dict[str, Any] = {
+            "input_ids": batch.tokens,
+            "attention_mask": batch.mask,
+            "use_cache": False,
+        }
         if batch.bounds is not None:
             inputs |= {"position_ids": batch.positions, BOUNDS: batch.bounds}
         return inputs

@@ -91,8 +91,9 @@ def _both(
             )
         return result
 
-    tuned = logits()
-    with _switched_off(adapter):
+    with adapter.alone():
+        tuned = logits()
+    with adapter.switched_off():
         return tuned, logits()
 
 
@@ -106,15 +107,3 @@ def _rounded(adapter: TrainableLoRA, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for parameter, data in zip(adapter.parameters(), kept, strict=True):
             parameter.data = data
-
-
-@contextmanager
-def _switched_off(adapter: TrainableLoRA) -> Iterator[None]:
-    scales = [layer.scale for layer in adapter.layers.values()]
-    for layer in adapter.layers.values():
-        layer.scale = 0.0  # adds zeros: the base's own bits
-    try:
-        yield
-    finally:
-        for layer, scale in zip(adapter.layers.values(), scales, strict=True):
-            layer.scale = scale

@@ -15,8 +15,7 @@ from lorax_train.config import TrainConfig
 from lorax_train.console import Console, size
 from lorax_train.encode import Example
 from lorax_train.estimate import MemoryEstimate
-from lorax_train.inject import TrainableLoRA
-from lorax_train.trainer import Trainer
+from lorax_train.training_run import TrainingRun
 
 __all__ = ["mark", "show_example", "show_memory", "show_plan", "show_probe", "show_serving"]
 
@@ -26,21 +25,21 @@ _SHOWN_TOKENS = 200
 def show_plan(
     console: Console,
     config: TrainConfig,
-    adapter: TrainableLoRA,
-    trainer: Trainer,
+    run: TrainingRun,
     base_parameters: int,
     dtype: torch.dtype,
 ) -> None:
     """What is trained, on what, and for how long."""
+    adapter = run.adapter
     n = adapter.n_parameters
     total = n + base_parameters
     file_bytes = n * (4 if config.output.save_dtype == "float32" else 2)
     lora, loop = adapter.config, config.loop
-    tokens = sum(len(example.tokens) for example in trainer.examples)
-    targets = sum(example.n_targets for example in trainer.examples)
-    rows = f"{len(trainer.examples)} to train on"
-    rows += f", {len(trainer.held_out)} held out" if trainer.held_out else ""
-    device = trainer.parameters[0].device.type
+    tokens = sum(len(example.tokens) for example in run.examples)
+    targets = sum(example.n_targets for example in run.examples)
+    rows = f"{len(run.examples)} to train on"
+    rows += f", {len(run.held_out)} held out" if run.held_out else ""
+    device = run.parameters[0].device.type
     scale = adapter.config.scale_for(next(iter(adapter.layers)))
     console.line(f"model      {config.model} ({str(dtype).removeprefix('torch.')} on {device})")
     console.line(
@@ -50,8 +49,8 @@ def show_plan(
     console.line(f"parameters {n:,} trainable of {total:,} ({n / total:.2%}), {size(file_bytes)}")
     console.line(f"rows       {rows}; {tokens:,} tokens, {targets:,} of them learned")
     console.line(
-        f"steps      {trainer.total_steps} of {loop.batch_size * loop.grad_accumulation} rows "
-        f"({trainer.steps_per_epoch} an epoch)"
+        f"steps      {run.total_steps} of {loop.batch_size * loop.grad_accumulation} rows "
+        f"({run.steps_per_epoch} an epoch)"
     )
 
 

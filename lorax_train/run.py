@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,28 +16,20 @@ from lorax_serve.errors import ModelUnsupported, TrainingError
 from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.source import resolve_model
-from lorax_train.base import (
-    Tokenizer,
-    choose_device,
-    choose_dtype,
-    load_model,
-    load_tokenizer,
-    vocabulary_size,
-)
-from lorax_train.batches import collate, split
-from lorax_train.config import DataConfig, TrainConfig
+from lorax_train.base import choose_device, choose_dtype, load_model
+from lorax_train.config import TrainConfig
 from lorax_train.console import Console, size
-from lorax_train.encode import Example, encode_rows
+from lorax_train.dataset import Dataset, check_fit, prepare
 from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
-from lorax_train.inject import TrainableLoRA, inject
+from lorax_train.inject import TrainableLoRA, inject_all
 from lorax_train.loss import TargetLoss
 from lorax_train.probe import compute_probe
 from lorax_train.report import show_example, show_memory, show_plan, show_probe, show_serving
-from lorax_train.rows import Messages, read_rows
-from lorax_train.trainer import Trainer, TrainingRecord
+from lorax_train.trainer import Trainer
+from lorax_train.training_run import TrainingRecord, TrainingRun
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["TrainResult", "train", "train_all"]
 
 
 @dataclass(frozen=True)
@@ -59,94 +50,92 @@ class TrainResult:
 
 
 def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
-    """Train an adapter and save it; whatever can be checked is checked before the model is loaded.
+    """``train_all`` of one adapter."""
+    return train_all([config], console)[0]
+
+
+def train_all(configs: Sequence[TrainConfig], console: Console | None = None) -> list[TrainResult]:
+    """Train adapters on one base model, all at once, and save them; whatever can be checked is
+    checked before the model is loaded.
+
+    Args:
+        configs: of each adapter. Model, device and dtype are the first one's.
+        console: what is said goes there; default: to stderr.
 
     Raises:
         TrainingError: when data or settings cannot work, naming the row, flag or tensor.
         ModelUnsupported: when there is no such base model.
     """
     console = console or Console(sys.stderr)
-    check_output(config.output)
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    examples, held_out, tokenizer, source = _prepare_data(config, console)
-    data_hash = hashlib.sha256(config.data.train.read_bytes()).hexdigest()
+    first = configs[0]
+    for config in configs:
+        check_output(config.output)
+    device = choose_device(first.device)
+    dtype = choose_dtype(first.dtype, device)
+    source = resolve_model(first.model)
+    datasets = [prepare(config, source, console) for config in configs]
     fingerprint = _fingerprint(source, console)
     with _out_of_memory_explained():
-        model = load_model(config.model, source, dtype, device)
+        model = load_model(first.model, source, dtype, device)
         base_parameters = sum(p.numel() for p in model.parameters())
-        _check_fit(config, model, [*examples, *held_out])
-        adapter = inject(model, config.lora, config.model, config.loop.seed)
+        for config, data in zip(configs, datasets, strict=True):
+            check_fit(config, model, [*data.examples, *data.held_out])
+        loss = TargetLoss.prepare(model, datasets[0].examples[0])
+        adapters = inject_all(
+            model,
+            [config.lora for config in configs],
+            first.model,
+            [config.loop.seed for config in configs],
+        )
+        loss.routing = adapters[0].routing
         obstacle = _why_not_served(source)
         if obstacle:
             console.warn(f"lorax-serve will refuse this adapter, PEFT will not: {obstacle}")
-        # Longer rows than one are not needed to see whether both ways give the same logits.
-        loss = TargetLoss.check(model, collate(examples[:1], tokenizer.pad_id).to(device))
-        trainer = Trainer(
-            adapter, loss, examples, held_out, config.optimizer, config.loop, tokenizer.pad_id
-        )
-        show_plan(console, config, adapter, trainer, base_parameters, dtype)
-        show_example(console, examples[0], tokenizer)
-        need = estimate(model, adapter, loss, examples, config.loop.batch_size)
+        runs = [
+            TrainingRun(
+                adapter, data.examples, data.held_out, config.optimizer, config.loop, config.name
+            )
+            for adapter, data, config in zip(adapters, datasets, configs, strict=True)
+        ]
+        trainer = Trainer(loss, runs, datasets[0].tokenizer.pad_id, [console])
+        for config, run, data in zip(configs, runs, datasets, strict=True):
+            show_plan(console, config, run, base_parameters, dtype)
+            show_example(console, run.examples[0], data.tokenizer)
+        need = estimate(model, runs, loss)
         show_memory(console, need, available_memory(device))
         if not loss.head_on_targets:
             console.warn("this model's logits are not its head's alone, so all are computed: slow")
-        record = trainer.run(console)
+        trainer.train()
+    return [
+        _finish(console, config, model, run, data, fingerprint, served=obstacle is None)
+        for config, run, data in zip(configs, runs, datasets, strict=True)
+    ]
+
+
+def _finish(
+    console: Console,
+    config: TrainConfig,
+    model: PreTrainedModel,
+    run: TrainingRun,
+    data: Dataset,
+    fingerprint: str | None,
+    *,
+    served: bool,
+) -> TrainResult:
+    """Save what a run has learned."""
+    record, adapter = run.record, run.adapter
     if record.interrupted and not record.steps:
         console.line("interrupted before the first step; nothing was saved")
         return TrainResult(model, adapter, record, None)
-    metadata = {"data_sha256": data_hash}
+    metadata = {"data_sha256": data.sha256}
     if fingerprint is not None:
         saved: torch.dtype = getattr(torch, config.output.save_dtype)
-        probe = compute_probe(model, adapter, held_out or examples, saved, fingerprint)
+        probe = compute_probe(model, adapter, data.held_out or data.examples, saved, fingerprint)
         show_probe(console, probe)
         metadata |= probe.to_metadata()
     _save(config, adapter, record, metadata)
-    _conclude(console, config, record, served=obstacle is None)
+    _conclude(console, config, record, served=served)
     return TrainResult(model, adapter, record, config.output.directory)
-
-
-def _prepare_data(
-    config: TrainConfig, console: Console
-) -> tuple[list[Example], list[Example], Tokenizer, Path]:
-    """Read and encode the rows; returns training and held-out examples, and the model's place."""
-    data: DataConfig = config.data
-    rows = read_rows(data.train)
-    eval_rows = read_rows(data.eval_file) if data.eval_file else []
-    if data.eval_split and len(rows) < 2:
-        raise TrainingError("--eval-split needs at least two rows; give more, or --eval-data")
-    source = resolve_model(config.model)
-    chat = any(isinstance(row.content, Messages) for row in (*rows, *eval_rows))
-    tokenizer = load_tokenizer(config.model, source, chat=chat)
-    examples, warnings = encode_rows(rows, tokenizer, data.max_length)
-    held_out: list[Example] = []
-    if eval_rows:
-        held_out, more = encode_rows(eval_rows, tokenizer, data.max_length)
-        warnings += [f"{data.eval_file}: {warning}" for warning in more]
-    elif data.eval_split:
-        if len(examples) < 2:
-            raise TrainingError("--eval-split needs at least two rows that fit --max-length")
-        examples, held_out = split(examples, data.eval_split, config.loop.seed)
-    for warning in warnings:
-        console.warn(warning)
-    return examples, held_out, tokenizer, source
-
-
-def _check_fit(config: TrainConfig, model: PreTrainedModel, examples: list[Example]) -> None:
-    longest = max(examples, key=lambda example: len(example.tokens))
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and len(longest.tokens) > limit:
-        raise TrainingError(
-            f"{longest.where}: {len(longest.tokens)} tokens, but {config.model} has {limit} "
-            f"positions; lower --max-length to {limit}"
-        )
-    vocabulary = vocabulary_size(model)
-    highest = max(examples, key=lambda example: max(example.tokens))
-    if max(highest.tokens) >= vocabulary:
-        raise TrainingError(
-            f"{highest.where}: token id {max(highest.tokens)}, but {config.model} has an embedding "
-            f"of {vocabulary}; its tokenizer belongs to another model"
-        )
 
 
 def _save(

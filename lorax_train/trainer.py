@@ -1,185 +1,150 @@
-"""The training loop: batches in, trained A and B out. Knows no files and no model names."""
+"""The training loop: batches in, trained A and B out, for one adapter or many at once.
+
+Knows no files and no model names. In each step, every adapter that is not done has the batches of
+its own next step; they go through the frozen model together. Each adapter's loss is the mean over
+its own targets, so that it learns what it would learn alone.
+"""
 
 from __future__ import annotations
 
-import math
-import random
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
-from lorax_serve.errors import TrainingError
-from lorax_train.batches import Batch, collate, plan_epoch
-from lorax_train.config import LoopConfig, OptimizerConfig
-from lorax_train.console import Console
+from lorax_train.batches import Share
 from lorax_train.encode import Example
-from lorax_train.inject import TrainableLoRA
 from lorax_train.loss import TargetLoss, mean_loss
+from lorax_train.training_run import TrainingRun
 
-__all__ = ["Trainer", "TrainingRecord", "lr_factor"]
-
-_RECENT_STEPS = 20
+__all__ = ["Trainer", "TrainingListener"]
 
 
-@dataclass
-class TrainingRecord:
-    """What has happened so far."""
+class TrainingListener:
+    """Told of what happens; this one ignores it."""
 
-    steps: int = 0
-    tokens: int = 0
-    """Trained on, without padding."""
-    seconds: float = 0.0
-    """In training steps; evaluation is not counted."""
-    eval_losses: list[float] = field(default_factory=list)
-    """Held-out loss before training, after each epoch and at the end, in nats a target."""
-    interrupted: bool = False
-    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
-    """Summed loss and number of targets of the latest steps."""
+    def started(self, runs: Sequence[TrainingRun]) -> None:
+        """Training begins, or goes on."""
 
-    @property
-    def train_loss(self) -> float:
-        """Mean loss of the targets of the latest 20 steps, in nats."""
-        return sum(loss for loss, _ in self.recent) / max(1, sum(n for _, n in self.recent))
+    def stepped(self, runs: Sequence[TrainingRun]) -> None:
+        """These runs have made a step."""
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Non-padding tokens a second."""
-        return self.tokens / self.seconds if self.seconds else 0.0
+    def evaluated(self, run: TrainingRun, when: str) -> None:
+        """A run has a new held-out loss."""
+
+    def stopped(self, run: TrainingRun) -> None:
+        """A run has ended before its last step, since its held-out loss no longer falls."""
+
+    def ended(self, runs: Sequence[TrainingRun]) -> None:
+        """Training is over, however it ended."""
 
 
 class Trainer:
-    """Trains an adapter on examples, and evaluates it on others."""
+    """Trains adapters on their examples, and evaluates them on others.
+
+    Args:
+        loss: of the model with the adapters in it.
+        runs: one for each adapter.
+        pad_id: a token for padding, where there must be some.
+        listeners: told of what happens.
+    """
 
     def __init__(
         self,
-        adapter: TrainableLoRA,
         loss: TargetLoss,
-        examples: Sequence[Example],
-        held_out: Sequence[Example],
-        optimizer: OptimizerConfig,
-        loop: LoopConfig,
+        runs: Sequence[TrainingRun],
         pad_id: int,
+        listeners: Sequence[TrainingListener] = (),
     ) -> None:
-        self.adapter = adapter
         self.loss = loss
-        self.examples = examples
-        self.held_out = sorted(held_out, key=lambda example: len(example.tokens))
-        self.config = optimizer
-        self.loop = loop
+        self.runs = runs
         self.pad_id = pad_id
-        self.record = TrainingRecord()
-        self.parameters = adapter.parameters()
-        kind = torch.optim.AdamW if optimizer.name == "adamw" else torch.optim.Adam
-        # Fused: one kernel a tensor instead of ten small ones, for hundreds of small tensors.
-        self.optimizer = kind(
-            self.parameters, lr=optimizer.lr, weight_decay=optimizer.weight_decay, fused=True
-        )
+        self.listeners = list(listeners)
+        self.interrupted = False
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the examples."""
-        return math.ceil(len(self.examples) / (self.loop.batch_size * self.loop.grad_accumulation))
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.loop.max_steps or self.loop.epochs * self.steps_per_epoch
-
-    def run(self, console: Console) -> TrainingRecord:
+    def train(self) -> None:
         """Train to the end, or until Ctrl-C, which is recorded and leaves what was learned.
 
         Raises:
-            TrainingError: when the loss or the gradient is no longer a finite number.
+            TrainingError: when a loss or gradient is no longer a finite number.
         """
-        torch.manual_seed(self.loop.seed)  # of dropout
         try:
-            self._evaluate(console, "before training")
-            console.start(self.total_steps, self.loop.log_every)
-            for batches in self._steps():
-                self._step(batches)
-                record = self.record
-                lr = self.optimizer.param_groups[0]["lr"]
-                console.step(record.steps, record.train_loss, lr, record.tokens_per_second)
-                if record.steps == self.total_steps:
-                    self._evaluate(console, "at the end")
-                elif record.steps % self.steps_per_epoch == 0:
-                    self._evaluate(console, f"epoch {record.steps // self.steps_per_epoch}")
+            for run in self.runs:
+                if not run.record.steps:
+                    self._evaluate(run, "before training")
+            self._tell(lambda listener: listener.started(self.runs))
+            while active := [run for run in self.runs if not run.done]:
+                self._step(active)
+                self._tell(lambda listener, runs=active: listener.stepped(runs))  # type: ignore[misc]
+                for run in active:
+                    self._evaluate_if_due(run)
         except KeyboardInterrupt:
-            self.record.interrupted = True
+            self.interrupted = True
+            for run in self.runs:
+                run.record.interrupted = not run.done
         finally:
-            console.stop()
-        return self.record
+            self._tell(lambda listener: listener.ended(self.runs))
+        for run in self.runs:
+            run.take_best()
 
-    def _steps(self) -> Iterator[list[Batch]]:
-        """Each step's batches, until all steps are done."""
-        rng = random.Random(f"order {self.loop.seed}")
-        while True:
-            for step in plan_epoch(
-                self.examples, self.loop.batch_size, self.loop.grad_accumulation, rng
-            ):
-                if self.record.steps == self.total_steps:
-                    return
-                yield [self._collate(examples) for examples in step]
-
-    def _step(self, batches: Sequence[Batch]) -> None:
-        """One optimizer step on the mean loss over all targets of ``batches``.
+    def _step(self, runs: Sequence[TrainingRun]) -> None:
+        """One optimizer step of each run on the mean loss over all targets of its batches.
 
         Every target weighs the same, in whichever of the batches it is: so accumulation changes
         memory and not the result.
         """
         started = time.perf_counter()
-        n_targets = sum(batch.n_targets for batch in batches)
-        self.adapter.train(True)
-        total = 0.0
-        for batch in batches:
-            loss = self.loss(batch)
-            (loss / n_targets).backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-        norm = clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
-        step = self.record.steps + 1
-        if not (math.isfinite(total) and math.isfinite(norm.item())):
-            what = "gradient" if math.isfinite(total) else "loss"
-            raise TrainingError(
-                f"step {step}: the {what} is not a finite number, so nothing was saved; try a "
-                f"lower --lr (now {self.config.lr:g}), a longer --warmup-ratio, or --dtype float32"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * lr_factor(self.config, step, self.total_steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.record.steps = step
-        self.record.recent.append((total, n_targets))
-        self.record.tokens += sum(batch.n_tokens for batch in batches)
-        self.record.seconds += time.perf_counter() - started
+        steps = [run.next_step() for run in runs]
+        targets = [sum(e.n_targets for batch in step for e in batch) for step in steps]
+        losses = [0.0] * len(runs)
+        for run in runs:
+            run.adapter.train(True)
+        routing = self.loss.routing
+        for number, batches in enumerate(zip_longest(*steps, fillvalue=())):
+            shares = [
+                Share(run.adapter.index, batch, 1 / n)
+                for run, batch, n in zip(runs, batches, targets, strict=True)
+                if batch
+            ]
+            routing.draws = {run.adapter.index: run.draw(number) for run in runs}
+            batch = self.loss.collate(shares, self.pad_id)
+            total, each = self.loss(batch)
+            total.backward()  # type: ignore[no-untyped-call]
+            for span in batch.target_spans:
+                place = next(i for i, r in enumerate(runs) if r.adapter.index == span.adapter)
+                losses[place] += float(each[span.start : span.stop].sum())
+        seconds = time.perf_counter() - started
+        for run, loss, n, step in zip(runs, losses, targets, steps, strict=True):
+            tokens = sum(len(e.tokens) for batch in step for e in batch)
+            run.update(loss, n, tokens, seconds)
 
-    def _evaluate(self, console: Console, when: str) -> None:
-        if not self.held_out:
+    def _evaluate_if_due(self, run: TrainingRun) -> None:
+        steps, every = run.record.steps, run.loop.eval_every
+        if run.done:
+            self._evaluate(run, "at the end")
+        elif every is not None and steps % every == 0:
+            self._evaluate(run, f"step {steps}")
+        elif every is None and steps % run.steps_per_epoch == 0:
+            self._evaluate(run, f"epoch {steps // run.steps_per_epoch}")
+
+    @torch.no_grad()
+    def _evaluate(self, run: TrainingRun, when: str) -> None:
+        if not run.held_out:
             return
-        self.adapter.train(False)
-        size = self.loop.batch_size
-        starts = range(0, len(self.held_out), size)
-        batches = (self._collate(self.held_out[start : start + size]) for start in starts)
-        self.record.eval_losses.append(mean_loss(self.loss, batches))
-        console.line(f"held-out loss {self.record.eval_losses[-1]:.4f} ({when})")
+        run.adapter.train(False)
+        size = run.loop.batch_size
+        starts = range(0, len(run.held_out), size)
 
-    def _collate(self, examples: Sequence[Example]) -> Batch:
-        return collate(examples, self.pad_id).to(self.parameters[0].device)
+        def batch(examples: Sequence[Example]) -> object:
+            return self.loss.collate([Share(run.adapter.index, examples)], self.pad_id)
 
+        parts = (run.held_out[start : start + size] for start in starts)
+        run.evaluated(mean_loss(self.loss, map(batch, parts)))  # type: ignore[arg-type]
+        self._tell(lambda listener: listener.evaluated(run, when))
+        if run.record.stopped_early:
+            self._tell(lambda listener: listener.stopped(run))
 
-def lr_factor(config: OptimizerConfig, step: int, total: int) -> float:
-    """The share of ``config.lr`` for ``step`` of 1 to ``total``.
-
-    It rises linearly to 1 at the end of the warm-up, then falls, but for a constant schedule, such
-    that the step after the last would have 0.
-    """
-    warmup = math.ceil(config.warmup_ratio * total)
-    if step <= warmup:
-        return step / warmup
-    if config.schedule == "constant":
-        return 1.0
-    done = (step - warmup - 1) / (total - warmup)
-    return 1.0 - done if config.schedule == "linear" else (1.0 + math.cos(math.pi * done)) / 2
+    def _tell(self, what: Callable[[TrainingListener], None]) -> None:
+        for listener in self.listeners:
+            what(listener)

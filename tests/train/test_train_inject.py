@@ -14,7 +14,7 @@ from lorax_train.base import load_model
 from lorax_train.batches import Batch, collate
 from lorax_train.config import InjectionConfig
 from lorax_train.encode import Example
-from lorax_train.inject import init_a, inject, linear_shapes
+from lorax_train.inject import init_a, inject, module_shapes
 from lorax_train.loss import TargetLoss
 from lorax_train.targets import resolve_targets
 
@@ -127,7 +127,7 @@ Q0, Q1 = (f"model.layers.{i}.self_attn.q_proj" for i in range(2))
 
 
 def test_targets_are_resolved_as_peft_resolves_the_written_names(llama: Path, gpt2: Path) -> None:
-    shapes = linear_shapes(load(llama))
+    shapes = module_shapes(load(llama))
     every, names = resolve_targets("all-linear", shapes)
     assert len(every) == 14
     assert "lm_head" not in names
@@ -136,7 +136,7 @@ def test_targets_are_resolved_as_peft_resolves_the_written_names(llama: Path, gp
     assert resolve_targets(r"regex:.*\.0\..*q_proj", shapes) == ([Q0], (Q0,))
     assert resolve_targets(r"regex:.*q_proj", shapes) == ([Q0, Q1], ("q_proj",))
     assert resolve_targets("lm_head", shapes)[0] == ["lm_head"]
-    gpt2_shapes = linear_shapes(load(gpt2))
+    gpt2_shapes = module_shapes(load(gpt2))
     assert resolve_targets("qkv", gpt2_shapes)[1] == ("c_attn",)
     assert gpt2_shapes["transformer.h.0.attn.c_attn"][:2] == (32, 96)
 
@@ -152,11 +152,11 @@ def test_targets_are_resolved_as_peft_resolves_the_written_names(llama: Path, gp
 )
 def test_bad_targets_are_refused(llama: Path, spec: str, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
-        resolve_targets(spec, linear_shapes(load(llama)))
+        resolve_targets(spec, module_shapes(load(llama)))
 
 
 def test_qkv_of_an_unknown_architecture_is_refused(llama: Path) -> None:
-    shapes = linear_shapes(load(llama))
+    shapes = module_shapes(load(llama))
     others = {path: shape for path, shape in shapes.items() if "mlp" in path}
     with pytest.raises(TrainingError, match=r"--targets qkv: .* named down_proj, gate_proj"):
         resolve_targets("qkv", others)

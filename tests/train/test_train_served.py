@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lorax_serve.adapter import match_weights, read
 from lorax_train.base import load_model
 from lorax_train.cli import main
-from lorax_train.inject import linear_shapes
+from lorax_train.inject import module_shapes
 from lorax_train.run import TrainResult, train
 
 Rows = list[dict[str, Any]]
@@ -62,7 +62,7 @@ def test_the_server_and_peft_read_what_the_command_wrote(
         *("README.md", "adapter_config.json", "adapter_model.safetensors"),
     }
     # Of a base that no LoRA layer was ever put into.
-    shapes = linear_shapes(load_model("tiny", base, torch.float32, CPU))
+    shapes = module_shapes(load_model("tiny", base, torch.float32, CPU))
     files = read(out)
     weights = match_weights(files.config, files.tensors, shapes)
     wanted = QKV[request.node.callspec.params["base"]]
