@@ -16,7 +16,7 @@ from lorax_train.estimate import MemoryEstimate, available_memory, estimate
 from lorax_train.inject import inject
 from lorax_train.loss import TargetLoss
 from lorax_train.report import show_memory
-from lorax_train.trainer import lr_factor
+from lorax_train.training_run import lr_factor
 
 CPU = torch.device("cpu")
 
