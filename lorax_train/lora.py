@@ -105,7 +105,7 @@ class _LoRALinear(torch.autograd.Function):
     ) -> torch.Tensor:
         y = base.forward_product(x)
         branch = x if kept is None else x * kept
-        h = x.new_empty(x.shape[0], a.shape[1])
+        h = x.new_empty(x.shape[0], a.shape[1])  # tokens in no span have none, and nothing reads it
         if size := _equal_parts(spans, len(a), len(x)):
             hs = torch.bmm(branch.view(len(a), size, -1), a.transpose(1, 2))
             hs.mul_(hs.new_tensor(scales)[:, None, None])
@@ -156,7 +156,8 @@ def _equal_parts(spans: Sequence[Span], adapters: int, tokens: int) -> int:
     """The number of tokens that each adapter has, if they lie in order and have equally many; 0
     otherwise."""
     size = tokens // adapters
-    equal = len(spans) == adapters and all(
+    equal = size * adapters == tokens and len(spans) == adapters
+    equal = equal and all(
         (span.adapter, span.start, span.stop) == (i, i * size, (i + 1) * size)
         for i, span in enumerate(spans)
     )
