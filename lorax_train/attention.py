@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 __all__ = ["BOUNDS", "attend_to_rows", "use_row_attention"]
 
@@ -45,7 +45,7 @@ def attend_to_rows(
         module: of the model; not used.
         query: ``[B, heads, T, d]``.
         key, value: ``[B, kv_heads, T, d]``.
-        attention_mask: must hide nothing.
+        attention_mask: must be None.
         row_bounds: where the rows begin in the T tokens, and T; None: all are one row.
         scaling: of the scores; None is ``1 / sqrt(d)``.
         sliding_window: how many tokens each one sees, itself included.
@@ -97,6 +97,7 @@ def use_row_attention(model: PreTrainedModel) -> None:
     if layers - _LAYERS or getattr(model.config, "attention_chunk_size", None):
         raise ValueError(f"layers that are not known to keep rows apart: {sorted(layers)}")
     AttentionInterface.register(NAME, attend_to_rows)
+    AttentionMaskInterface.register(NAME, _no_mask)
     model.set_attn_implementation(NAME)
 
 
@@ -104,7 +105,13 @@ def _check(mask: torch.Tensor | None, others: dict[str, Any]) -> None:
     asked = [name for name in _REFUSED if others.get(name) is not None]
     if asked or others.get("is_causal") is False or others.get("dropout"):
         raise ValueError(f"attention over rows has no {', '.join(asked) or 'such attention'}")
-    if mask is not None and not bool(mask.all()):
+    if mask is not None:
+        raise ValueError("attention over rows takes no mask: give row_bounds instead")
+
+
+def _no_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> None:
+    """What transformers makes masks with, which are made by ``attend_to_rows`` here."""
+    if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError("attention over rows takes no padding: give row_bounds instead")
 
 

@@ -78,17 +78,19 @@ def lora_reference(
     b: torch.Tensor,
     scales: Sequence[float],
     spans: Sequence[Span],
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same as ``lora_linear`` without dropout, as written, for tests."""
+    """The same as ``lora_linear``, as written, for tests."""
     flat = x.flatten(0, -2)
     y = base.forward_product(flat)
-    parts = [y[: spans[0].start]] if spans else [y]
-    for span, after in zip(spans, [*spans[1:], None], strict=True):
+    branch = flat if kept is None else flat * kept
+    parts, end = [], 0
+    for span in spans:
         at = slice(span.start, span.stop)
-        change = F.linear(F.linear(flat[at], a[span.adapter]), b[span.adapter])
-        parts.append(y[at] + scales[span.adapter] * change)
-        parts.append(y[span.stop : after.start if after else None])
-    return torch.cat(parts).view(*x.shape[:-1], -1)
+        change = F.linear(F.linear(branch[at], a[span.adapter]), b[span.adapter])
+        parts += [y[end : span.start], y[at] + scales[span.adapter] * change]
+        end = span.stop
+    return torch.cat([*parts, y[end:]]).view(*x.shape[:-1], -1)
 
 
 class _LoRALinear(torch.autograd.Function):
