@@ -45,10 +45,10 @@ def _wrap(layer: Any, routing: Routing) -> None:
     def lean_forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        spans, draws = routing.spans, routing.draws
+        route = routing.spans, routing.real, routing.draws
 
         def as_before(*args: Any, **kwargs: Any) -> Any:
-            with routing.to(spans, draws):
+            with routing.to(*route):
                 return forward(*args, **kwargs)
 
         # Nothing in a layer draws from torch's own generator.

@@ -24,7 +24,7 @@ from lorax_train.layers import LoRAEmbedding, LoRALayer, LoRALinear, Pair, Routi
 from lorax_train.start import starting_pair
 from lorax_train.targets import resolve_targets
 
-__all__ = ["TrainableLoRA", "inject", "inject_all", "module_shapes"]
+__all__ = ["TrainableLoRA", "inject", "inject_all", "module_shapes", "tied_targets"]
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,7 @@ def inject_all(
     adapters = []
     for index, (own, seed) in enumerate(zip(settings, seeds, strict=True)):
         targets = resolve_targets(own.targets, shapes, own.layers)
+        linear = [p for p in targets.paths if shapes[p].kind is not ModuleKind.EMBEDDING]
         # What PiSSA's start is written out with has twice the rank, at the same scale.
         times = 2 if own.init == "pissa" else 1
         config = LoRAConfig(
@@ -166,7 +167,7 @@ def inject_all(
             lora_dropout=own.dropout,
             use_rslora=own.rslora,
             use_dora=own.dora,
-            fan_in_fan_out=transposed.issuperset(targets.paths),
+            fan_in_fan_out=bool(linear) and transposed.issuperset(linear),
             init_lora_weights=own.init if own.init == "gaussian" else True,
             base_model_name_or_path=base_name,
         )
@@ -180,6 +181,22 @@ def inject_all(
         own_layers = {path: layers[path] for path in targets.paths}
         adapters.append(TrainableLoRA(config, shapes, own_layers, index, routing))
     return adapters
+
+
+def tied_targets(model: PreTrainedModel, adapter: TrainableLoRA) -> list[str]:
+    """The paths of an adapter's layers whose weight is also another module's.
+
+    As in PEFT without ``ensure_weight_tying``, LoRA acts on the one that is named: the shared
+    weight stays as it is, so the adapter is exact until somebody merges it into that weight.
+    """
+    head, embedding = output_head(model), model.get_input_embeddings()
+    tied = {id(each) for each in (head, embedding)} if _share_weight(head, embedding) else set()
+    return [path for path, layer in adapter.layers.items() if id(layer) in tied]
+
+
+def _share_weight(*modules: Any) -> bool:
+    weights = [getattr(module, "weight", None) for module in modules]
+    return weights[0] is not None and weights[0] is weights[1]
 
 
 def _replace(model: PreTrainedModel, path: str, routing: Routing, number: int) -> LoRALayer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,23 +32,28 @@ class Routing:
             the first adapter's.
         on: whether adapters act at all: without them, the model is the base.
         draws: a number for each adapter, of which its dropout's masks are made; new for each batch.
+        real: bool ``[T]``, which of the batch's tokens are no padding; None: all of them.
     """
 
     spans: Sequence[Span] | None = None
     on: bool = True
     draws: Mapping[int, int] = field(default_factory=dict)
+    real: torch.Tensor | None = None
 
     @contextmanager
     def to(
-        self, spans: Sequence[Span] | None, draws: Mapping[int, int] | None = None
+        self,
+        spans: Sequence[Span] | None,
+        real: torch.Tensor | None = None,
+        draws: Mapping[int, int] | None = None,
     ) -> Iterator[None]:
-        """Route by these spans within the block, and by these draws if there are any."""
-        before = self.spans, self.draws
-        self.spans, self.draws = spans, self.draws if draws is None else draws
+        """Route so within the block; without ``draws``, by those that there are."""
+        before = self.spans, self.real, self.draws
+        self.spans, self.real, self.draws = spans, real, self.draws if draws is None else draws
         try:
             yield
         finally:
-            self.spans, self.draws = before
+            self.spans, self.real, self.draws = before
 
     def alone(self, adapter: int) -> AbstractContextManager[None]:
         """Have all tokens be this adapter's within the block."""
@@ -174,9 +180,12 @@ class LoRALinear(LoRALayer):
         return self._with_magnitudes(y, spans)
 
     def _kept(self, x: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
-        """What dropout keeps. It depends on the adapter's number of the batch and on this layer
-        alone: so it is the same beside other adapters, when activations are computed again, and
-        after a resumed run."""
+        """What dropout keeps, bool in x's shape.
+
+        It depends on the adapter's number of the batch and on this layer alone: so it is the same
+        beside other adapters, however much padding these make necessary, when activations are
+        computed again, and after a resumed run.
+        """
         kept = torch.ones_like(x, dtype=torch.bool)
         generator = torch.Generator(device=x.device)
         for adapter, place in self.members.items():
@@ -185,8 +194,10 @@ class LoRALinear(LoRALayer):
             for span in spans:
                 if span.adapter == place and dropout:
                     part = kept[span.start : span.stop]
-                    drawn = torch.rand(part.shape, generator=generator, device=x.device)
-                    part.copy_(drawn >= dropout)
+                    real = self.routing.real
+                    at: Any = slice(None) if real is None else real[span.start : span.stop]
+                    size = part[at].shape
+                    part[at] = torch.rand(size, generator=generator, device=x.device) >= dropout
         return kept
 
     def _with_magnitudes(self, y: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:

@@ -4,6 +4,7 @@ computed for the others."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ class TargetLoss:
         hidden, head = self.hidden(batch), output_head(self.model)
         assert hidden is not None  # prepare() has seen both
         assert head is not None
-        with self._routed_targets(batch):
+        with self.routing.to(batch.target_spans):
             found: torch.Tensor = head(hidden.flatten(0, 1)[batch.before])
         return found
 
@@ -189,11 +190,9 @@ class TargetLoss:
             inputs |= {"position_ids": batch.positions, BOUNDS: batch.bounds}
         return inputs
 
-    def _routed(self, batch: Batch) -> Any:
-        return self.routing.to(batch.spans)
-
-    def _routed_targets(self, batch: Batch) -> Any:
-        return self.routing.to(batch.target_spans)
+    def _routed(self, batch: Batch) -> AbstractContextManager[None]:
+        real = None if batch.mask is None else batch.mask.flatten() > 0
+        return self.routing.to(batch.spans, real)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from lorax_train.console import Console, size
 from lorax_train.dataset import Dataset, check_fit, prepare, read_data
 from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
-from lorax_train.inject import TrainableLoRA, inject_all
+from lorax_train.inject import TrainableLoRA, inject_all, tied_targets
 from lorax_train.loss import TargetLoss
 from lorax_train.probe import compute_probe
 from lorax_train.report import show_example, show_memory, show_plan, show_probe, show_serving
@@ -94,6 +94,11 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
         loss.routing = adapters[0].routing
         if any(config.loop.checkpointing for config in configs):
             checkpoint_layers(model, loss.routing)
+        for tied in dict.fromkeys(path for each in adapters for path in tied_targets(model, each)):
+            console.warn(
+                f"{tied} shares its weight with another module, which this adapter leaves alone; "
+                "merging it into the base would change both"
+            )
         obstacle = _why_not_served(source)
         if obstacle:
             console.warn(f"lorax-serve will refuse this adapter, PEFT will not: {obstacle}")
