@@ -12,9 +12,9 @@ T tokens (padding included) with K targets:
   targets: logits and their gradient in the base's dtype, and in float32 the logits, their
   log-softmax and its gradient.
 
-Not counted: torch itself, the temporary tensors of single operations, and what the allocator
-wastes. On a CPU, with smollm2-135m, the latter two were 0.3 to 0.4 GB for batches of 200 and of
-2048 tokens alike.
+Not counted: torch itself, the temporary tensors of single operations, the one layer that is
+computed again with ``--checkpointing``, and what the allocator wastes. On a CPU, with smollm2-135m, the
+temporary tensors and the waste were 0.3 to 0.4 GB for batches of 200 and of 2048 tokens alike.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from lorax_train.encode import Example
 from lorax_train.head import head_loss
 from lorax_train.layers import LoRALayer, Routing
 from lorax_train.lean import make_lean
+from lorax_train.lora import Span
 
 __all__ = ["CHUNK", "LossFunction", "TargetLoss", "cross_entropy", "mean_loss"]
 
@@ -167,15 +168,16 @@ class TargetLoss:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """With a trained head, or another loss: logits are computed again for the gradient."""
 
-        def loss_of(part: torch.Tensor, labels: torch.Tensor, adapter: int) -> torch.Tensor:
-            with self.routing.alone(adapter):
+        def loss_of(part: torch.Tensor, labels: torch.Tensor, adapter: int, draw: int) -> Any:
+            with self.routing.to((Span(adapter, 0, len(part)),), draws={adapter: draw}):
                 return self.function(head(part).float(), labels)
 
         losses = []
         for span in batch.target_spans:
             for start in range(span.start, span.stop, CHUNK):
                 at = slice(start, min(start + CHUNK, span.stop))
-                args = (hidden[at], batch.labels[at], span.adapter)
+                draw = hash((self.routing.draws.get(span.adapter, 0), start - span.start))
+                args = (hidden[at], batch.labels[at], span.adapter, draw)
                 losses.append(checkpoint(loss_of, *args, use_reentrant=False))
         all_losses = torch.cat(losses)
         return (all_losses * batch.weights).sum(), all_losses.detach()

@@ -17,6 +17,8 @@ __all__ = ["init_a", "starting_pair"]
 # The ancestor's A ~ N(0, 0.01) is Axon's normal initialiser, whose scale is a standard deviation.
 # PEFT's gaussian has 1/r, which for the ancestor's r = 1 is a hundred times as much.
 _GAUSSIAN_STD = 0.01
+# Of PiSSA's subspace iteration: columns beyond the rank, and rounds.
+_SPARE, _ITERATIONS = 16, 8
 
 
 def starting_pair(
@@ -79,10 +81,19 @@ def init_a(
 
 def _principal(w: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """PiSSA's start (arXiv:2404.02948): A and B whose ``scale * B A`` is the best approximation of
-    ``w`` of this rank."""
-    u, s, v = torch.linalg.svd(w.float(), full_matrices=False)
-    root = (s[:rank] / scale).sqrt()
-    return root[:, None] * v[:rank], u[:, :rank] * root
+    ``w`` of this rank.
+
+    It is found by subspace iteration, as in PEFT's ``pissa_niter_[n]``: a whole decomposition takes
+    minutes for each layer of a large model. How near it is decides how well training starts, and
+    not whether the adapter is exact, since what is there at the start is taken away again.
+    """
+    devices = [w.device] if w.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        found = torch.svd_lowrank(w.float(), q=min(rank + _SPARE, *w.shape), niter=_ITERATIONS)
+    u, s, v = (each[..., :rank] for each in found)
+    root = (s / scale).sqrt()
+    return root[:, None] * v.T, u * root
 
 
 def _check_embedding(layer: LoRAEmbedding, path: str, settings: InjectionConfig) -> None:
