@@ -132,8 +132,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--alpha", "lora.alpha", "scale is alpha / r (default: 2 x r)", type=float)
     add("--dropout", "lora.dropout", "on the LoRA branch", type=float)
     add("--targets", "lora.targets", "all-linear, qkv, names with commas, or regex:...")
+    add("--layers", "lora.layers", "only these, such as 0,3-5", type=c.parse_layers)
     add("--rslora", "lora.rslora", "scale by alpha / sqrt(r)", switch=True)
-    add("--init", "lora.init", "of A", of=c.Init)
+    add("--dora", "lora.dora", "train the lengths of the weight's rows apart", switch=True)
+    add("--init", "lora.init", "of A; pissa: of A and B, from the weight", of=c.Init)
 
     training = parser.add_argument_group("training")
     add = _adder(training.add_mutually_exclusive_group())
@@ -148,6 +150,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--schedule", "optimizer.schedule", "of the learning rate", of=c.Schedule)
     add("--warmup-ratio", "optimizer.warmup_ratio", "share of steps of warm-up", type=float)
     add("--max-grad-norm", "optimizer.max_grad_norm", "clip to it; 0: never", type=float)
+    add("--loraplus-ratio", "optimizer.loraplus_ratio", "B's rate over A's (LoRA+)", type=float)
+    add("--eval-every", "loop.eval_every", "steps; default: each epoch", type=int)
+    add("--patience", "loop.patience", "stop after so many evaluations without gain", type=int)
+    add(
+        "--keep-best",
+        "loop.keep_best",
+        "save the weights of the lowest held-out loss",
+        action=argparse.BooleanOptionalAction,
+    )
+    add("--checkpointing", "loop.checkpointing", "less memory, a third more time", switch=True)
     add("--seed", "loop.seed", "", type=int)
     add("--device", "device", "", of=c.Device)
     add("--dtype", "dtype", "of the frozen base", of=c.DtypeName)
@@ -163,10 +175,10 @@ def _adder(group: Any) -> Callable[..., None]:
             options["action"] = "store_true"
         elif of is not None:
             options["choices"] = get_args(of)
-        else:
+        elif "action" not in options:
             options.setdefault("metavar", field.rpartition(".")[2].upper())
         default = _default(field)
-        shown = "" if default is None or default is False else f"(default: {default})"
+        shown = "" if default in (None, False, ()) else f"(default: {default})"
         group.add_argument(flag, dest=field, help=f"{text} {shown}".strip(), **options)
 
     return add

@@ -7,6 +7,7 @@ name the command line's flags.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,6 +24,7 @@ __all__ = [
     "OptimizerConfig",
     "OutputConfig",
     "TrainConfig",
+    "parse_layers",
 ]
 
 Init = Literal["kaiming", "gaussian", "pissa"]
@@ -44,7 +46,10 @@ class InjectionConfig:
     dropout: float = 0.0
     """Probability of zeroing an element of the LoRA branch's input, in training only."""
     targets: str = "all-linear"
-    """``all-linear``, ``qkv``, a comma list of module names, or ``regex:`` and an expression."""
+    """``all-linear``, ``qkv``, ``regex:`` and an expression, or a comma list of module names, of
+    which ``query``, ``key`` and ``value`` stand for what the model calls these."""
+    layers: tuple[int, ...] = ()
+    """Numbers of the layers that get LoRA; empty: all of them."""
     rslora: bool = False
     """Scale by ``alpha / sqrt(r)`` instead (arXiv:2312.03732)."""
     dora: bool = False
@@ -58,6 +63,8 @@ class InjectionConfig:
         if self.alpha is not None:
             _finite("--alpha", self.alpha, above=0.0)
         _finite("--dropout", self.dropout, at_least=0.0, below=1.0)
+        for layer in self.layers:
+            _at_least("--layers", layer, 0)
         _one_of("--init", self.init, get_args(Init))
 
     @property
@@ -139,6 +146,8 @@ class LoopConfig:
     """Save the weights of the lowest held-out loss, if there are held-out rows, not the last."""
     save_every: int | None = None
     """Steps between two checkpoints, from which ``--resume`` goes on; None: none are written."""
+    checkpointing: bool = False
+    """Compute each layer again for the gradient: less memory, a third more time."""
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -197,6 +206,34 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("--device", self.device, get_args(Device))
         _one_of("--dtype", self.dtype, get_args(DtypeName))
+        held_out = self.data.eval_file is not None or self.data.eval_split
+        for flag, value in (
+            ("--eval-every", self.loop.eval_every),
+            ("--patience", self.loop.patience),
+        ):
+            if value is not None and not held_out:
+                raise TrainingError(
+                    f"{flag} needs rows to evaluate on; give --eval-split or --eval-data"
+                )
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layer numbers from ``0,3-5``, each once, in order.
+
+    Raises:
+        TrainingError: when it is something else.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise TrainingError(
+                f"--layers {text!r}: expected numbers and ranges with commas between them, such as "
+                "0,3-5"
+            )
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
 
 
 def _at_least(flag: str, value: int, least: int) -> None:

@@ -12,12 +12,25 @@ from transformers import PreTrainedModel
 from lorax_serve.errors import TrainingError
 from lorax_train.base import Tokenizer, load_tokenizer, vocabulary_size
 from lorax_train.batches import split
-from lorax_train.config import TrainConfig
+from lorax_train.config import DataConfig, TrainConfig
 from lorax_train.console import Console
 from lorax_train.encode import Example, encode_rows
-from lorax_train.rows import Messages, read_rows
+from lorax_train.rows import Messages, Row, read_rows
 
-__all__ = ["Dataset", "check_fit", "prepare"]
+__all__ = ["DataRows", "Dataset", "check_fit", "prepare", "read_data"]
+
+
+@dataclass(frozen=True)
+class DataRows:
+    """What the files hold.
+
+    Attributes:
+        train: to train on, and to split off from.
+        held_out: of a file of their own; may be empty.
+    """
+
+    train: Sequence[Row]
+    held_out: Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -37,11 +50,24 @@ class Dataset:
     sha256: str
 
 
-def prepare(config: TrainConfig, source: Path, console: Console) -> Dataset:
-    """Read and encode the rows.
+def read_data(data: DataConfig) -> DataRows:
+    """Read the rows.
+
+    Raises:
+        TrainingError: naming the file, line and flag.
+    """
+    rows = read_rows(data.train)
+    if data.eval_split and len(rows) < 2:
+        raise TrainingError("--eval-split needs at least two rows; give more, or --eval-data")
+    return DataRows(rows, read_rows(data.eval_file) if data.eval_file else [])
+
+
+def prepare(config: TrainConfig, rows: DataRows, source: Path, console: Console) -> Dataset:
+    """Encode the rows.
 
     Args:
-        config: says where they are.
+        config: says how long they may be, and how many are held out.
+        rows: of the files.
         source: the base model's directory, which has the tokenizer.
         console: is told what was cut or left out.
 
@@ -49,16 +75,12 @@ def prepare(config: TrainConfig, source: Path, console: Console) -> Dataset:
         TrainingError: naming the file, line and flag.
     """
     data = config.data
-    rows = read_rows(data.train)
-    eval_rows = read_rows(data.eval_file) if data.eval_file else []
-    if data.eval_split and len(rows) < 2:
-        raise TrainingError("--eval-split needs at least two rows; give more, or --eval-data")
-    chat = any(isinstance(row.content, Messages) for row in (*rows, *eval_rows))
+    chat = any(isinstance(row.content, Messages) for row in (*rows.train, *rows.held_out))
     tokenizer = load_tokenizer(config.model, source, chat=chat)
-    examples, warnings = encode_rows(rows, tokenizer, data.max_length)
+    examples, warnings = encode_rows(rows.train, tokenizer, data.max_length)
     held_out: list[Example] = []
-    if eval_rows:
-        held_out, more = encode_rows(eval_rows, tokenizer, data.max_length)
+    if rows.held_out:
+        held_out, more = encode_rows(rows.held_out, tokenizer, data.max_length)
         warnings += [f"{data.eval_file}: {warning}" for warning in more]
     elif data.eval_split:
         if len(examples) < 2:

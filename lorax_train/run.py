@@ -17,12 +17,13 @@ from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.source import resolve_model
 from lorax_train.base import choose_device, choose_dtype, load_model
+from lorax_train.checkpointing import checkpoint_layers
 from lorax_train.config import TrainConfig
 from lorax_train.console import Console, size
-from lorax_train.dataset import Dataset, check_fit, prepare
+from lorax_train.dataset import Dataset, check_fit, prepare, read_data
 from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
-from lorax_train.inject import TrainableLoRA, inject_all
+from lorax_train.inject import TrainableLoRA, inject_all, tied_targets
 from lorax_train.loss import TargetLoss
 from lorax_train.probe import compute_probe
 from lorax_train.report import show_example, show_memory, show_plan, show_probe, show_serving
@@ -72,8 +73,11 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
         check_output(config.output)
     device = choose_device(first.device)
     dtype = choose_dtype(first.dtype, device)
+    rows = [read_data(config.data) for config in configs]
     source = resolve_model(first.model)
-    datasets = [prepare(config, source, console) for config in configs]
+    datasets = [
+        prepare(config, each, source, console) for config, each in zip(configs, rows, strict=True)
+    ]
     fingerprint = _fingerprint(source, console)
     with _out_of_memory_explained():
         model = load_model(first.model, source, dtype, device)
@@ -88,6 +92,13 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
             [config.loop.seed for config in configs],
         )
         loss.routing = adapters[0].routing
+        if any(config.loop.checkpointing for config in configs):
+            checkpoint_layers(model, loss.routing)
+        for tied in dict.fromkeys(path for each in adapters for path in tied_targets(model, each)):
+            console.warn(
+                f"{tied} shares its weight with another module, which this adapter leaves alone; "
+                "merging it into the base would change both"
+            )
         obstacle = _why_not_served(source)
         if obstacle:
             console.warn(f"lorax-serve will refuse this adapter, PEFT will not: {obstacle}")
@@ -133,15 +144,14 @@ def _finish(
         probe = compute_probe(model, adapter, data.held_out or data.examples, saved, fingerprint)
         show_probe(console, probe)
         metadata |= probe.to_metadata()
-    _save(config, adapter, record, metadata)
-    _conclude(console, config, record, served=served)
+    _save(config, run, metadata)
+    _conclude(console, config, run, served=served)
     return TrainResult(model, adapter, record, config.output.directory)
 
 
-def _save(
-    config: TrainConfig, adapter: TrainableLoRA, record: TrainingRecord, metadata: dict[str, str]
-) -> None:
-    eval_loss = f"{record.eval_losses[-1]:.6f}" if record.eval_losses else "none"
+def _save(config: TrainConfig, run: TrainingRun, metadata: dict[str, str]) -> None:
+    adapter, record, kept = run.adapter, run.record, run.kept
+    eval_loss = f"{kept.loss:.6f}" if kept else "none"
     metadata = metadata | {
         "producer": f"lorax-train {__version__}",
         "base_model": config.model,
@@ -157,7 +167,7 @@ def _save(
         "tokens trained on": f"{record.tokens:,}",
         "loss, latest steps": f"{record.train_loss:.4f}",
         "held-out loss before": f"{record.eval_losses[0]:.4f}" if record.eval_losses else "none",
-        "held-out loss after": f"{record.eval_losses[-1]:.4f}" if record.eval_losses else "none",
+        "held-out loss after": f"{kept.loss:.4f} (step {kept.step})" if kept else "none",
         "learning rate": f"{config.optimizer.lr:g} ({config.optimizer.schedule})",
         "seed": str(config.loop.seed),
         "data (SHA-256)": f"`{metadata['data_sha256']}`",
@@ -186,16 +196,20 @@ def _fingerprint(source: Path, console: Console) -> str | None:
         return None
 
 
-def _conclude(
-    console: Console, config: TrainConfig, record: TrainingRecord, *, served: bool
-) -> None:
-    held_out = f", held-out {record.eval_losses[-1]:.4f}" if record.eval_losses else ""
+def _conclude(console: Console, config: TrainConfig, run: TrainingRun, *, served: bool) -> None:
+    record, kept = run.record, run.kept
+    held_out = f", held-out {kept.loss:.4f}" if kept else ""
     done = "interrupted; saved what there is:" if record.interrupted else "done:"
     n_bytes = sum(path.stat().st_size for path in config.output.directory.glob("*.safetensors"))
     console.line(
         f"{done} {record.steps} steps in {record.seconds:.1f} s, "
         f"{record.tokens_per_second:.0f} tokens/s; loss {record.train_loss:.4f}{held_out}"
     )
+    if kept and kept.step < record.steps:
+        console.line(
+            f"the adapter is that of step {kept.step}, whose held-out loss is the lowest "
+            "(--no-keep-best saves the last)"
+        )
     console.line(f"adapter in {config.output.directory} ({size(n_bytes)})")
     if served:
         show_serving(console, config.model, config.output.directory)

@@ -186,6 +186,14 @@ class TrainingRun:
             if earlier and min(e.loss for e in latest) >= min(e.loss for e in earlier):
                 record.stopped_early = not self.done
 
+    @property
+    def kept(self) -> Evaluation | None:
+        """The evaluation of what is saved; None if nothing was evaluated."""
+        evaluations = self.record.evaluations
+        if self.best is None:
+            return evaluations[-1] if evaluations else None
+        return min(reversed(evaluations), key=lambda each: each.loss)
+
     def take_best(self) -> None:
         """Put back the parameters of the lowest held-out loss, if they were kept."""
         if self.best is not None:
@@ -195,14 +203,14 @@ class TrainingRun:
 
     def _groups(self) -> list[dict[str, object]]:
         """A and the rest apart: B may have a higher learning rate (LoRA+, arXiv:2402.12354)."""
-        pairs = self.adapter.pairs().values()
-        a = [pair.a for pair in pairs]
-        chosen = set(map(id, a))
-        rest = [p for p in self.parameters if id(p) not in chosen]
+        a = {id(pair.a) for pair in self.adapter.pairs().values()}
         lr = self.config.lr
         return [
-            {"params": a, "highest": lr},
-            {"params": rest, "highest": lr * self.config.loraplus_ratio},
+            {"params": [p for p in self.parameters if id(p) in a], "highest": lr},
+            {
+                "params": [p for p in self.parameters if id(p) not in a],
+                "highest": lr * self.config.loraplus_ratio,
+            },
         ]
 
     def _plan(self) -> Iterator[list[list[Example]]]:

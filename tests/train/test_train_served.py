@@ -70,9 +70,9 @@ def test_the_server_and_peft_read_what_the_command_wrote(
     assert len(weights.pairs) == 2 * len(wanted)
     assert len(files.tensors) == 2 * len(weights.pairs)
     for path, pair in weights.pairs.items():
-        layer = results[0].adapter.layers[path]
-        assert torch.equal(files.tensors[f"base_model.model.{path}.lora_A.weight"], layer.lora_a)
-        assert torch.equal(files.tensors[f"base_model.model.{path}.lora_B.weight"], layer.lora_b)
+        trained = results[0].adapter.pairs()[path]
+        assert torch.equal(files.tensors[f"base_model.model.{path}.lora_A.weight"], trained.a)
+        assert torch.equal(files.tensors[f"base_model.model.{path}.lora_B.weight"], trained.b)
         assert pair.b.abs().max() > 0
 
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
