@@ -26,6 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorax_train.base import vocabulary_size
+from lorax_train.batches import by_length
 from lorax_train.encode import Example
 from lorax_train.head import PIECE
 from lorax_train.loss import TargetLoss
@@ -62,9 +63,7 @@ def estimate(
 ) -> MemoryEstimate:
     """Estimate a training whose largest batch has the longest examples of each run."""
     largest = [
-        example
-        for run in runs
-        for example in sorted(run.examples, key=lambda e: len(e.tokens))[-run.loop.batch_size :]
+        example for run in runs for example in by_length(run.examples)[-run.loop.batch_size :]
     ]
     largest.sort(key=lambda example: len(example.tokens))
     lengths = [len(example.tokens) for example in largest]

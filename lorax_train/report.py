@@ -11,6 +11,7 @@ import torch
 
 from lorax_serve.adapter.probe import Probe
 from lorax_train.base import Tokenizer
+from lorax_train.batches import count_targets, lengths
 from lorax_train.config import TrainConfig
 from lorax_train.console import Console, size
 from lorax_train.encode import Example
@@ -35,8 +36,8 @@ def show_plan(
     total = n + base_parameters
     file_bytes = n * (4 if config.output.save_dtype == "float32" else 2)
     lora, loop = adapter.config, config.loop
-    tokens = sum(len(example.tokens) for example in run.examples)
-    targets = sum(example.n_targets for example in run.examples)
+    tokens = int(lengths(run.examples).sum())
+    targets = count_targets(run.examples)
     rows = f"{len(run.examples)} to train on"
     rows += f", {len(run.held_out)} held out" if run.held_out else ""
     device = run.parameters[0].device.type

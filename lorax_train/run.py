@@ -19,7 +19,7 @@ from lorax_serve.model.source import resolve_model
 from lorax_train.base import choose_device, choose_dtype, load_model
 from lorax_train.config import TrainConfig
 from lorax_train.console import Console, size
-from lorax_train.dataset import Dataset, check_fit, prepare
+from lorax_train.dataset import Dataset, check_files, check_fit, prepare_all
 from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
 from lorax_train.inject import TrainableLoRA, inject_all
@@ -70,16 +70,18 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
     first = configs[0]
     for config in configs:
         check_output(config.output)
+        check_files(config.data)
     device = choose_device(first.device)
     dtype = choose_dtype(first.dtype, device)
     source = resolve_model(first.model)
-    datasets = [prepare(config, source, console) for config in configs]
+    datasets = prepare_all(configs, source, console)
     fingerprint = _fingerprint(source, console)
     with _out_of_memory_explained():
         model = load_model(first.model, source, dtype, device)
         base_parameters = sum(p.numel() for p in model.parameters())
         for config, data in zip(configs, datasets, strict=True):
-            check_fit(config, model, [*data.examples, *data.held_out])
+            for examples in filter(None, (data.examples, data.held_out)):
+                check_fit(config, model, examples)
         loss = TargetLoss.prepare(model, datasets[0].examples[0])
         adapters = inject_all(
             model,
