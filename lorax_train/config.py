@@ -7,6 +7,7 @@ name the command line's flags.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -24,6 +25,7 @@ __all__ = [
     "OutputConfig",
     "TextMode",
     "TrainConfig",
+    "check_together",
 ]
 
 Init = Literal["kaiming", "gaussian", "pissa"]
@@ -221,6 +223,34 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("--device", self.device, get_args(Device))
         _one_of("--dtype", self.dtype, get_args(DtypeName))
+
+
+def check_together(configs: Sequence[TrainConfig]) -> None:
+    """Make sure that these adapters can be trained at once.
+
+    Raises:
+        TrainingError: naming what they must share, or must not.
+    """
+    first = configs[0]
+    names: set[str] = set()
+    directories: dict[Path, str] = {}
+    for config in configs:
+        for field_name in ("model", "device", "dtype"):
+            if getattr(config, field_name) != getattr(first, field_name):
+                raise TrainingError(
+                    f"{config.name}: {field_name} must be the same for all adapters that are "
+                    "trained at once"
+                )
+        if config.name in names:
+            raise TrainingError(f"two adapters are named {config.name!r}; rename one")
+        names.add(config.name)
+        directory = config.output.directory.resolve()
+        if directory in directories:
+            raise TrainingError(
+                f"{config.name}: --out {config.output.directory} is that of "
+                f"{directories[directory]} too; choose another"
+            )
+        directories[directory] = config.name
 
 
 def _at_least(flag: str, value: int, least: int) -> None:

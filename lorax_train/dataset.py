@@ -22,7 +22,7 @@ from lorax_train.rows import find_files, place, read_rows, read_text
 from lorax_train.token_store import StoredExamples, StoreWriter, TokenStore, open_store
 from lorax_train.windows import Windows, held_out_windows, random_windows
 
-__all__ = ["Dataset", "check_files", "check_fit", "prepare", "prepare_all"]
+__all__ = ["Dataset", "check_files", "check_fit", "prepare"]
 
 # To be raised whenever the same data and settings give other tokens, or the store another layout.
 _CACHE_VERSION = 1
@@ -55,24 +55,24 @@ def check_files(data: DataConfig) -> None:
         find_files(path)
 
 
-def prepare(config: TrainConfig, source: Path, console: Console) -> Dataset:
-    """``prepare_all`` of one run."""
-    return prepare_all([config], source, console)[0]
-
-
-def prepare_all(configs: Sequence[TrainConfig], source: Path, console: Console) -> list[Dataset]:
-    """Read and tokenise each run's rows; those of the same files only once.
+def prepare(
+    config: TrainConfig,
+    source: Path,
+    console: Console,
+    stores: dict[str, TokenStore] | None = None,
+) -> Dataset:
+    """Read and tokenise the rows.
 
     Args:
-        configs: say where they are.
+        config: says where they are.
         source: the base model's directory, which has the tokenizer.
         console: is told what was cut or left out.
+        stores: of other runs, so that the same rows are tokenised once; this one's are added.
 
     Raises:
         TrainingError: naming the file, line and flag.
     """
-    stores: dict[str, TokenStore] = {}
-    return [_Preparation(config, source, console, stores).dataset() for config in configs]
+    return _Preparation(config, source, console, {} if stores is None else stores).dataset()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lorax_train.batches import plan_epoch
 from lorax_train.config import DataConfig, LoopConfig, TrainConfig
 from lorax_train.console import Console
 from lorax_train.content import Message, Messages, PromptCompletion, Text
-from lorax_train.dataset import Dataset, check_files, prepare, prepare_all
+from lorax_train.dataset import Dataset, check_files, prepare
 from lorax_train.encode import Example, encode_rows
 from lorax_train.rows import read_rows, read_text
 from lorax_train.run import train
@@ -449,7 +449,8 @@ def test_runs_on_the_same_rows_share_a_store(
 ) -> None:
     path, said = write_rows([{"text": "a" * 600}, {"text": "b"}]), io.StringIO()
     configs = [configure(llama, path, lr=lr) for lr in (1e-3, 1e-2)]
-    first, second = prepare_all(configs, llama, Console(said))
+    stores: dict[str, token_store.TokenStore] = {}
+    first, second = (prepare(config, llama, Console(said), stores) for config in configs)
     assert first.examples.store is second.examples.store  # type: ignore[attr-defined]
     assert said.getvalue().count("warning") == 1
 
