@@ -18,7 +18,7 @@ import pytest
 from lorax_serve.errors import TrainingError
 from lorax_train import rows, token_store
 from lorax_train.base import Tokenizer
-from lorax_train.batches import plan_epoch
+from lorax_train.batches import collate, plan_epoch
 from lorax_train.config import DataConfig, LoopConfig, TrainConfig
 from lorax_train.console import Console
 from lorax_train.content import Message, Messages, PromptCompletion, Text
@@ -275,6 +275,22 @@ def test_parquet_without_pyarrow_says_what_to_install(
     (tmp_path / "a.parquet").write_bytes(b"")
     with pytest.raises(TrainingError, match=r"pip install 'lorax-serve\[parquet\]'"):
         list(read_rows(tmp_path / "a.parquet"))
+
+
+# What is learned
+
+
+def test_the_end_is_a_target_and_padding_is_not_though_they_are_one_token(
+    dataset: Callable[..., Dataset], write_rows: WriteRows
+) -> None:
+    rows_ = [{"prompt": "a", "completion": "b"}, {"prompt": "long", "completion": "longer"}]
+    found = dataset(write_rows(rows_))
+    eos = found.tokenizer.eos_id
+    assert found.tokenizer.pad_id == eos
+    for padded in (False, True):
+        batch = collate(found.examples, eos, padded=padded)
+        assert batch.labels.tolist().count(eos) == 2
+        assert len(batch.labels) == len("b") + len("longer") + 2
 
 
 # Windows
