@@ -41,10 +41,11 @@ def show_plan(
     rows = f"{len(run.examples)} to train on"
     rows += f", {len(run.held_out)} held out" if run.held_out else ""
     device = run.parameters[0].device.type
+    named = f"{config.name}: " if config.name else ""
     scale = adapter.config.scale_for(next(iter(adapter.layers)))
     console.line(f"model      {config.model} ({str(dtype).removeprefix('torch.')} on {device})")
     console.line(
-        f"adapter    rank {lora.r}, alpha {lora.lora_alpha:g}, scale {scale:g}, on "
+        f"adapter    {named}rank {lora.r}, alpha {lora.lora_alpha:g}, scale {scale:g}, on "
         f"{len(adapter.layers)} modules: {', '.join(_shorten(lora.target_modules))}"
     )
     console.line(f"parameters {n:,} trainable of {total:,} ({n / total:.2%}), {size(file_bytes)}")

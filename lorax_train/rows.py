@@ -40,7 +40,7 @@ class Row:
 
 def find_files(path: Path) -> list[Path]:
     """The data files that ``--data`` or ``--eval-data`` means: one file, or those in a directory
-    (not below it) whose names have a known suffix, sorted by name.
+    (not below it, not hidden) whose names have a known suffix, sorted by name.
 
     Raises:
         TrainingError: when there is none.
@@ -49,7 +49,9 @@ def find_files(path: Path) -> list[Path]:
     try:
         if path.is_dir():
             files = sorted(
-                file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file()
+                file
+                for file in path.iterdir()
+                if file.suffix in SUFFIXES and not file.name.startswith(".") and file.is_file()
             )
             if not files:
                 raise TrainingError(f"{path} is a directory without a {known} file")

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import random
+import resource
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -59,6 +60,7 @@ def test_a_directory_is_all_its_known_files_by_name(
     (tmp_path / "b.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     (tmp_path / "README.md").write_text("not data")
+    (tmp_path / "._a.txt").write_text("what some systems leave beside a file")
     (tmp_path / "deeper").mkdir()
     (tmp_path / "deeper" / "c.jsonl").write_text("{")
     found = dataset(tmp_path)
@@ -489,13 +491,15 @@ def test_planning_an_epoch_loads_only_the_steps_that_are_taken(
     assert len(loaded) == 16
 
 
-@pytest.mark.parametrize(
-    "n_bytes",
-    [1_200_000, pytest.param(100_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
-)
+def write_lines(path: Path, size: int) -> Path:
+    with path.open("w") as file:
+        for number in range(size // 300):
+            file.write(f"{number:08}{'x' * 200} {'y' * 90}\n")
+    return path
+
+
 @pytest.mark.parametrize("mode", ["lines", "windows"])
 def test_memory_does_not_grow_with_the_file(
-    n_bytes: int,
     mode: str,
     tmp_path: Path,
     dataset: Callable[..., Dataset],
@@ -504,10 +508,7 @@ def test_memory_does_not_grow_with_the_file(
     monkeypatch.setattr(rows, "_BLOCK", 1 << 16)  # which the smaller file is larger than
 
     def peak(size: int) -> int:
-        path = tmp_path / f"{size}.txt"
-        with path.open("w") as file:
-            for number in range(size // 300):
-                file.write(f"{number:08}{'x' * 200} {'y' * 90}\n")
+        path = write_lines(tmp_path / f"{size}.txt", size)
         tracemalloc.start()
         try:
             found = dataset(path, text_mode=mode, window=64)
@@ -520,4 +521,18 @@ def test_memory_does_not_grow_with_the_file(
     first = peak(300_000)
     # A byte is a token here. As lists of numbers, two lists of pointers take 16 bytes a token; the
     # table of a store takes less than one.
-    assert peak(n_bytes) - first < n_bytes
+    assert peak(1_200_000) - first < 1_200_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_megabytes_take_little_memory(
+    tmp_path: Path, dataset: Callable[..., Dataset]
+) -> None:
+    path = write_lines(tmp_path / "a.txt", 100_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = dataset(path)
+    plan = plan_epoch(found.examples, 8, 1, random.Random(0))
+    assert len([next(plan) for _ in range(100)]) == 100
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 150e6  # as lists it would be more than 1.6 GB
