@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,7 +24,9 @@ __all__ = [
     "LoopConfig",
     "OptimizerConfig",
     "OutputConfig",
+    "TextMode",
     "TrainConfig",
+    "check_together",
     "parse_layers",
 ]
 
@@ -33,6 +36,10 @@ Schedule = Literal["cosine", "linear", "constant"]
 Device = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "bfloat16", "float32"]
 SaveDtype = Literal["float32", "bfloat16"]
+TextMode = Literal["lines", "file", "windows"]
+
+# Of a text that is read in windows, unless it is said otherwise: the ancestor's split.
+_WINDOWS_HELD_OUT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +86,38 @@ class DataConfig:
     """Where the rows are, and how much of them is used."""
 
     train: Path
-    """JSONL: ``text``, ``prompt`` and ``completion``, or ``messages`` in every row."""
+    """A .jsonl, .parquet or .txt file, or a directory of them. Rows have ``text``, ``prompt`` and
+    ``completion``, or ``messages``, with or without ``tools``."""
     eval_file: Path | None = None
-    """Held-out rows in a file of their own."""
-    eval_split: float = 0.0
-    """Share of the training rows to hold out instead, chosen by the seed."""
+    """Held-out rows in a file or directory of their own."""
+    eval_split: float | None = None
+    """Share of the training rows to hold out instead, chosen by the seed; of windows, the end of
+    the text. None: 0, but 0.1 for windows."""
     max_length: int = 512
     """Most tokens in a row."""
+    text_mode: TextMode = "lines"
+    """What a row of .txt files is: a line, a file, or a window of tokens of all of them in a row,
+    at a random place."""
+    window: int = 256
+    """Tokens in a window."""
+    cache: Path | None = None
+    """A directory in which the tokens are kept for the next run; None: a temporary one."""
 
     def __post_init__(self) -> None:
         _at_least("--max-length", self.max_length, 2)
-        _finite("--eval-split", self.eval_split, at_least=0.0, below=1.0)
+        _at_least("--window", self.window, 2)
+        _one_of("--text-mode", self.text_mode, get_args(TextMode))
+        if self.eval_split is not None:
+            _finite("--eval-split", self.eval_split, at_least=0.0, below=1.0)
         if self.eval_file is not None and self.eval_split:
             raise TrainingError("--eval-data and --eval-split exclude each other; give one of them")
+
+    def held_out_share(self, *, windows: bool) -> float:
+        """The share of the training data that is held out."""
+        if self.eval_file is not None:
+            return 0.0
+        default = _WINDOWS_HELD_OUT if windows else 0.0
+        return default if self.eval_split is None else self.eval_split
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +260,34 @@ def parse_layers(text: str) -> tuple[int, ...]:
             )
         found.update(range(first, last + 1))
     return tuple(sorted(found))
+
+
+def check_together(configs: Sequence[TrainConfig]) -> None:
+    """Make sure that these adapters can be trained at once.
+
+    Raises:
+        TrainingError: naming what they must share, or must not.
+    """
+    first = configs[0]
+    names: set[str] = set()
+    directories: dict[Path, str] = {}
+    for config in configs:
+        for field_name in ("model", "device", "dtype"):
+            if getattr(config, field_name) != getattr(first, field_name):
+                raise TrainingError(
+                    f"{config.name}: {field_name} must be the same for all adapters that are "
+                    "trained at once"
+                )
+        if config.name in names:
+            raise TrainingError(f"two adapters are named {config.name!r}; rename one")
+        names.add(config.name)
+        directory = config.output.directory.resolve()
+        if directory in directories:
+            raise TrainingError(
+                f"{config.name}: --out {config.output.directory} is that of "
+                f"{directories[directory]} too; choose another"
+            )
+        directories[directory] = config.name
 
 
 def _at_least(flag: str, value: int, least: int) -> None:

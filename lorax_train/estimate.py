@@ -13,8 +13,8 @@ T tokens (padding included) with K targets:
   log-softmax and its gradient.
 
 Not counted: torch itself, the temporary tensors of single operations, the one layer that is
-computed again with ``--checkpointing``, and what the allocator wastes. On a CPU, with smollm2-135m, the
-temporary tensors and the waste were 0.3 to 0.4 GB for batches of 200 and of 2048 tokens alike.
+computed again with ``--checkpointing``, and what the allocator wastes. On a CPU, with smollm2-135m,
+the temporary tensors and the waste were 0.3 to 0.4 GB for batches of 200 and of 2048 tokens alike.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorax_train.base import vocabulary_size
+from lorax_train.batches import by_length
 from lorax_train.encode import Example
 from lorax_train.head import piece
 from lorax_train.loss import CHUNK, TargetLoss
@@ -63,9 +64,7 @@ def estimate(
 ) -> MemoryEstimate:
     """Estimate a training whose largest batch has the longest examples of each run."""
     largest = [
-        example
-        for run in runs
-        for example in sorted(run.examples, key=lambda e: len(e.tokens))[-run.loop.batch_size :]
+        example for run in runs for example in by_length(run.examples)[-run.loop.batch_size :]
     ]
     largest.sort(key=lambda example: len(example.tokens))
     lengths = [len(example.tokens) for example in largest]

@@ -18,15 +18,16 @@ from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.source import resolve_model
 from lorax_train.base import choose_device, choose_dtype, load_model
 from lorax_train.checkpointing import checkpoint_layers
-from lorax_train.config import TrainConfig
+from lorax_train.config import TrainConfig, check_together
 from lorax_train.console import Console, size
-from lorax_train.dataset import Dataset, check_fit, prepare, read_data
+from lorax_train.dataset import Dataset, check_files, check_fit, prepare
 from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
 from lorax_train.inject import TrainableLoRA, inject_all, tied_targets
 from lorax_train.loss import TargetLoss
 from lorax_train.probe import compute_probe
 from lorax_train.report import show_example, show_memory, show_plan, show_probe, show_serving
+from lorax_train.token_store import TokenStore
 from lorax_train.trainer import Trainer
 from lorax_train.training_run import TrainingRecord, TrainingRun
 
@@ -55,13 +56,16 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     return train_all([config], console)[0]
 
 
-def train_all(configs: Sequence[TrainConfig], console: Console | None = None) -> list[TrainResult]:
+def train_all(
+    configs: Sequence[TrainConfig], console: Console | None = None, *, dry_run: bool = False
+) -> list[TrainResult]:
     """Train adapters on one base model, all at once, and save them; whatever can be checked is
     checked before the model is loaded.
 
     Args:
-        configs: of each adapter. Model, device and dtype are the first one's.
+        configs: of each adapter; all have the same model, device and dtype.
         console: what is said goes there; default: to stderr.
+        dry_run: do everything but the training, and return nothing.
 
     Raises:
         TrainingError: when data or settings cannot work, naming the row, flag or tensor.
@@ -69,21 +73,27 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
     """
     console = console or Console(sys.stderr)
     first = configs[0]
+    check_together(configs)
     for config in configs:
-        check_output(config.output)
+        with _naming(config):
+            check_output(config.output)
+            check_files(config.data)
     device = choose_device(first.device)
     dtype = choose_dtype(first.dtype, device)
-    rows = [read_data(config.data) for config in configs]
     source = resolve_model(first.model)
-    datasets = [
-        prepare(config, each, source, console) for config, each in zip(configs, rows, strict=True)
-    ]
+    datasets = []
+    stores: dict[str, TokenStore] = {}
+    for config in configs:
+        with _naming(config):
+            datasets.append(prepare(config, source, console, stores))
     fingerprint = _fingerprint(source, console)
     with _out_of_memory_explained():
         model = load_model(first.model, source, dtype, device)
         base_parameters = sum(p.numel() for p in model.parameters())
         for config, data in zip(configs, datasets, strict=True):
-            check_fit(config, model, [*data.examples, *data.held_out])
+            for examples in filter(None, (data.examples, data.held_out)):
+                with _naming(config):
+                    check_fit(config, model, examples)
         loss = TargetLoss.prepare(model, datasets[0].examples[0])
         adapters = inject_all(
             model,
@@ -116,6 +126,9 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
         show_memory(console, need, available_memory(device))
         if not loss.head_on_targets:
             console.warn("this model's logits are not its head's alone, so all are computed: slow")
+        if dry_run:
+            console.line("dry run: nothing was trained")
+            return []
         trainer.train()
     return [
         _finish(console, config, model, run, data, fingerprint, served=obstacle is None)
@@ -213,6 +226,17 @@ def _conclude(console: Console, config: TrainConfig, run: TrainingRun, *, served
     console.line(f"adapter in {config.output.directory} ({size(n_bytes)})")
     if served:
         show_serving(console, config.model, config.output.directory)
+
+
+@contextmanager
+def _naming(config: TrainConfig) -> Iterator[None]:
+    """Say in an error whose it is, where several adapters are trained."""
+    try:
+        yield
+    except TrainingError as error:
+        if not config.name:
+            raise
+        raise TrainingError(f"{config.name}: {error}") from error
 
 
 @contextmanager

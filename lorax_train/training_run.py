@@ -12,10 +12,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from lorax_serve.errors import TrainingError
-from lorax_train.batches import plan_epoch
+from lorax_train.batches import by_length, plan_epoch
 from lorax_train.config import LoopConfig, OptimizerConfig
 from lorax_train.encode import Example
 from lorax_train.inject import TrainableLoRA
+from lorax_train.windows import RandomWindows
 
 __all__ = ["Evaluation", "TrainingRecord", "TrainingRun", "lr_factor"]
 
@@ -91,7 +92,7 @@ class TrainingRun:
     ) -> None:
         self.adapter = adapter
         self.examples = examples
-        self.held_out = sorted(held_out, key=lambda example: len(example.tokens))
+        self.held_out = by_length(held_out)
         self.config = optimizer
         self.loop = loop
         self.name = name
@@ -219,7 +220,10 @@ class TrainingRun:
         epoch, skipped = divmod(self.record.steps, self.steps_per_epoch)
         while True:
             rng = random.Random(f"order {self.loop.seed} {epoch}")
-            plan = plan_epoch(self.examples, self.loop.batch_size, self.loop.grad_accumulation, rng)
+            examples = self.examples
+            if isinstance(examples, RandomWindows):
+                examples = examples.of_epoch(epoch)
+            plan = plan_epoch(examples, self.loop.batch_size, self.loop.grad_accumulation, rng)
             for number, step in enumerate(plan):
                 if number >= skipped:
                     yield step

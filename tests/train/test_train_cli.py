@@ -49,7 +49,9 @@ def test_each_flag_of_the_new_kinds_reaches_its_field() -> None:
 
 def test_the_preset_is_the_ancestors_recipe_and_flags_win_over_it() -> None:
     config = parse([*NEEDED, "--preset", "elixir"])
-    assert (config.lora.r, config.lora.lora_alpha) == (1, 2)
+    assert (config.lora.r, config.lora.lora_alpha, config.lora.dropout) == (2, 4, 0.05)
+    assert (config.data.text_mode, config.data.window) == ("windows", 256)
+    assert (config.loop.batch_size, config.loop.max_steps, config.loop.seed) == (2, 300, 1337)
     assert (config.lora.targets, config.lora.init) == ("qkv", "gaussian")
     assert (config.optimizer.name, config.optimizer.lr) == ("adam", 3e-4)
     assert (config.optimizer.weight_decay, config.optimizer.schedule) == (0.0, "constant")
@@ -151,7 +153,7 @@ def test_one_command_trains_and_says_how_to_serve(
     out = tmp_path / "adapters" / "squares"
     data = str(write_rows(pairs))
     argv = ["--model", str(llama), "--data", data, "--out", str(out), "--eval-split", "0.2"]
-    argv += ["--preset", "elixir", "--r", "2", "--epochs", "2", "--device", "cpu"]
+    argv += ["--preset", "elixir", "--epochs", "2", "--batch-size", "8", "--device", "cpu"]
     assert main(argv) == 0
     err = capsys.readouterr().err
     for line in (
