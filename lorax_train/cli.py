@@ -13,6 +13,7 @@ from typing import Any, NoReturn, get_args
 from lorax_serve._version import __version__
 from lorax_serve.errors import LoraxError, TrainingError
 from lorax_train import config as c
+from lorax_train.commands import COMMANDS, run_command
 
 __all__ = ["main", "parse"]
 
@@ -52,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when the adapter is saved, 2 after an error of use (one line on stderr), 130 after Ctrl-C,
-        which saves what was learned.
+        which saves what was learned. Of a subcommand, what ``run_command`` returns.
     """
+    given = sys.argv[1:] if argv is None else argv
+    if given and given[0] in COMMANDS:
+        return run_command(given)
     try:
         config = parse(argv)
         _let_idle_threads_sleep()
@@ -103,7 +107,8 @@ def parse(argv: Sequence[str] | None = None) -> c.TrainConfig:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lorax-train",
-        description="Train a LoRA adapter on a frozen language model.",
+        description="Train a LoRA adapter on a frozen language model. Beside training: "
+        f"lorax-train {{{','.join(COMMANDS)}}} --help.",
         epilog="A row of FILE is a JSON object with text, with prompt and completion, or with "
         "messages (a list of objects with role and content).",
         argument_default=argparse.SUPPRESS,
