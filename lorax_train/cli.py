@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", "output.directory", "the adapter's directory", type=Path, required=True)
     add("--overwrite", "output.overwrite", "write into a directory of other files", switch=True)
     add("--save-dtype", "output.save_dtype", "of A and B in the file", of=c.SaveDtype)
+    add("--portable", "output.portable", "fold the scale into B, for llama.cpp, vLLM", switch=True)
 
     add = _adder(parser.add_argument_group("data"))
     add("--eval-data", "data.eval_file", "held-out rows", type=Path, metavar="FILE")

@@ -171,6 +171,8 @@ class OutputConfig:
     """Whether a directory that holds something else than an adapter may be written into."""
     save_dtype: SaveDtype = "float32"
     """Of A and B in the file."""
+    portable: bool = False
+    """Whether the scale is folded into B, for loaders that read little of the config."""
 
     def __post_init__(self) -> None:
         _one_of("--save-dtype", self.save_dtype, get_args(SaveDtype))
@@ -197,6 +199,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("--device", self.device, get_args(Device))
         _one_of("--dtype", self.dtype, get_args(DtypeName))
+        if self.output.portable and self.lora.dora:
+            raise TrainingError("--portable and --dora exclude each other: plain loaders have none")
 
 
 def _at_least(flag: str, value: int, least: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lorax_serve.adapter import AdapterFiles, LoRAWeights, ModuleShape, match_weights, read
 from lorax_serve.errors import ModelUnsupported, TrainingError
 from lorax_serve.model.architectures import read_spec
+from lorax_serve.model.shards import open_shards
 from lorax_serve.model.source import EMBEDDED_MODEL, resolve_model
 from lorax_train.inject import module_shapes
 
-__all__ = ["StoredAdapter", "base_modules", "base_name", "open_adapter"]
+__all__ = ["StoredAdapter", "base_modules", "base_name", "open_adapter", "without_copies"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,31 @@ def open_adapter(directory: Path, model: str | None) -> StoredAdapter:
     modules = base_modules(name, source)
     weights = match_weights(files.config, files.tensors, modules)
     return StoredAdapter(directory, files, weights, name, source, modules)
+
+
+def without_copies(stored: StoredAdapter) -> LoRAWeights:
+    """The weights without the base's own, which PEFT stores beside LoRA on an embedding or on the
+    output. What differs from the base's stays."""
+    if not stored.weights.parameters:
+        return stored.weights
+    with ExitStack() as stack:
+        shards = open_shards(stored.source, stack)
+
+        def is_base(name: str, tensor: torch.Tensor) -> bool:
+            path = name.removesuffix(".weight")
+            if path not in stored.weights.pairs:
+                return False
+            names = [name, f"{stored.modules[path].tied_to}.weight"]
+            names += [each.removeprefix("transformer.") for each in names]  # GPT-2's own files
+            found = next((each for each in names if each in shards), None)
+            if found is None:
+                return False
+            theirs: torch.Tensor = shards[found].get_tensor(found)
+            return torch.equal(theirs.to(tensor.dtype), tensor)
+
+        parameters = stored.weights.parameters
+        own = {name: tensor for name, tensor in parameters.items() if not is_base(name, tensor)}
+    return replace(stored.weights, parameters=own)
 
 
 def base_name(given: str | None, named: str | None) -> str:

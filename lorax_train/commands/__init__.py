@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "lorax_train.commands.inspect",
     "merge": "lorax_train.commands.merge",
     "generate": "lorax_train.commands.generate",
+    "export": "lorax_train.commands.export",
     "import": "lorax_train.commands.import_",
 }
 """Modules by the word that calls them."""
