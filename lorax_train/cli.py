@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if argv is None else argv
     if given and given[0] in COMMANDS:
+        _let_idle_threads_sleep()
         return run_command(given)
     try:
         config = parse(argv)

@@ -116,6 +116,8 @@ def save_model(model: PreTrainedModel, stored: StoredAdapter, out: Path) -> None
                 if not any(file.match(weights) for weights in _WEIGHTS):
                     shutil.copyfile(file, staged / file.name)
         (staged / "README.md").write_text(_card(stored, out.name), encoding="utf-8")
+        for file in staged.iterdir():
+            file.chmod(0o644)  # safetensors writes for its user alone
         staged.chmod(0o755)
         staged.replace(out)
     except OSError as error:

@@ -24,6 +24,11 @@ Capture = pytest.CaptureFixture[str]
 PROBE = Probe((5, 6, 7, 8), ((9, 2.0), (10, 1.0)), (0.5, 1.0), 1.5, "ab" * 32, "float32")
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
+
+
 def error(argv: list[str], capsys: Capture) -> str:
     assert main(argv) == 2
     captured = capsys.readouterr()

@@ -29,6 +29,11 @@ ORDER = ("key", "value", "query")
 HIDDEN, RANK, BLOCKS = 48, 2, 2
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
+
+
 def etf(term: Any) -> bytes:
     """Erlang's term_to_binary, without the version."""
     match term:

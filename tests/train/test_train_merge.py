@@ -53,6 +53,11 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tied = {**TINY_LLAMA.to_dict(), "tie_word_embeddings": True}
@@ -129,6 +134,7 @@ def test_tokenizer_and_generation_config_come_along(
     adapter = make_adapter("adapter", r=4, target_modules=["q_proj"])
     assert main(["merge", str(adapter), "--model", str(base), "--out", str(out)]) == 0
     assert (out / "generation_config.json").read_text() == settings
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer("w5 w6")["input_ids"] == [5, 6]
     assert tokenizer.chat_template

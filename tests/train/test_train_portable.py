@@ -31,6 +31,11 @@ PLAIN = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
+
+
 @torch.no_grad()
 def logits(base: Path, adapter: Path) -> torch.Tensor:
     auto: Any = AutoModelForCausalLM
