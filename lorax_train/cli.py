@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_args
 from lorax_serve._version import __version__
 from lorax_serve.errors import LoraxError, TrainingError
 from lorax_train import config as c
+from lorax_train.commands import COMMANDS, run_command
 from lorax_train.config_file import ADAPTERS, ConfigFile, dump, read_config
 
 __all__ = ["Command", "main", "parse", "read_command"]
@@ -79,8 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when the adapters are saved, 2 after an error of use (one line on stderr), 130 after
-        Ctrl-C, which saves what was learned.
+        Ctrl-C, which saves what was learned. Of a subcommand, what
+        ``run_command`` returns.
     """
+    given = sys.argv[1:] if argv is None else argv
+    if given and given[0] in COMMANDS:
+        _let_idle_threads_sleep()
+        return run_command(given)
     try:
         command = read_command(argv)
         if command.print_config:
@@ -217,7 +223,8 @@ def _flags_of(config: c.TrainConfig) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lorax-train",
-        description="Train a LoRA adapter on a frozen language model.",
+        description="Train a LoRA adapter on a frozen language model. Beside training: "
+        f"lorax-train {{{','.join(COMMANDS)}}} --help.",
         epilog="A row has text, prompt and completion, or messages (a list of objects with role "
         "and content) with or without tools. PATH is a .jsonl, .parquet or .txt file, or a "
         "directory of them.",
@@ -247,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", "name", "what messages call the adapter")
     add("--overwrite", "output.overwrite", "write into a directory of other files", switch=True)
     add("--save-dtype", "output.save_dtype", "of A and B in the file", of=c.SaveDtype)
+    add("--portable", "output.portable", "fold the scale into B, for llama.cpp, vLLM", switch=True)
 
     add = _adder(parser.add_argument_group("data"))
     add("--eval-data", "data.eval_file", "held-out rows", type=Path, metavar="PATH")

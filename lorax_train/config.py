@@ -206,6 +206,8 @@ class OutputConfig:
     """Whether a directory that holds something else than an adapter may be written into."""
     save_dtype: SaveDtype = "float32"
     """Of A and B in the file."""
+    portable: bool = False
+    """Whether the scale is folded into B, for loaders that read little of the config."""
 
     def __post_init__(self) -> None:
         _one_of("--save-dtype", self.save_dtype, get_args(SaveDtype))
@@ -241,6 +243,8 @@ class TrainConfig:
                 raise TrainingError(
                     f"{flag} needs rows to evaluate on; give --eval-split or --eval-data"
                 )
+        if self.output.portable and self.lora.dora:
+            raise TrainingError("--portable and --dora exclude each other: plain loaders have none")
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

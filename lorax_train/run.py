@@ -25,6 +25,7 @@ from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
 from lorax_train.inject import TrainableLoRA, inject_all, tied_targets
 from lorax_train.loss import TargetLoss
+from lorax_train.portable import check_portable
 from lorax_train.probe import compute_probe
 from lorax_train.report import show_example, show_memory, show_plan, show_probe, show_serving
 from lorax_train.token_store import TokenStore
@@ -101,6 +102,9 @@ def train_all(
             first.model,
             [config.loop.seed for config in configs],
         )
+        for config, adapter in zip(configs, adapters, strict=True):
+            if config.output.portable:
+                check_portable(adapter.config, adapter.layers, adapter.shapes)
         loss.routing = adapters[0].routing
         if any(config.loop.checkpointing for config in configs):
             checkpoint_layers(model, loss.routing)
@@ -188,7 +192,7 @@ def _save(config: TrainConfig, run: TrainingRun, metadata: dict[str, str]) -> No
     }
     out = config.output
     card = model_card(config.model, out.directory.resolve().name, facts)
-    export(adapter, out.directory, out.save_dtype, metadata, card)
+    export(adapter, out.directory, out.save_dtype, metadata, card, as_portable=out.portable)
 
 
 def _why_not_served(source: Path) -> str | None:
