@@ -111,7 +111,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         Damaged: a file is missing, cut short or changed.
     """
     try:
-        lines = (path / _DIGESTS).read_text(encoding="ascii").splitlines()
+        *lines, end = (path / _DIGESTS).read_bytes().decode("ascii").split("\n")
+        if end:
+            raise Damaged(f"{_DIGESTS} is cut short")
         digests = dict(reversed(line.split("  ")) for line in lines)
         raw = {name: (path / name).read_bytes() for name in digests}
         for name, data in raw.items():

@@ -105,7 +105,7 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
             show_plan(console, config, run, base_parameters, dtype)
             show_example(console, run.examples[0], data.tokenizer)
         need = estimate(model, runs, loss)
-        show_memory(console, need, available_memory(device))
+        show_memory(console, need, available_memory(device), device.type)
         if not loss.head_on_targets:
             console.warn("this model's logits are not its head's alone, so all are computed: slow")
         checkpoints.resume(runs)
