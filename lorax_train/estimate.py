@@ -13,7 +13,9 @@ T tokens (padding included) with K targets:
 
 Not counted: torch itself, the temporary tensors of single operations, and what the allocator
 wastes. On a CPU, with smollm2-135m, the latter two were 0.3 to 0.4 GB for batches of 200 and of
-2048 tokens alike.
+2048 tokens alike. With a llama of 6 layers of 512, one thread, float32 and 8 rows of 256 tokens, the
+peak beyond the weights was 1.6 times the estimate, with dropout 1.8 times; for 4 layers of 256 and
+4 rows of 128 tokens it was 0.9 times.
 """
 
 from __future__ import annotations
@@ -82,11 +84,14 @@ def estimate(
         logits = 2 * 4 * max(PIECE, 16 * vocabulary)
     else:
         logits = tokens * vocabulary * (12 + 2 * size)
+    for run in runs:
+        run.adapter.train(True)  # dropout's masks are kept too
+    per_token = _activation_bytes_per_token(model, loss, largest[-1])
     return MemoryEstimate(
         weights=sum(storages.values()),
         adapter=n_trained * (8 + size),
         optimizer=n_trained * 8,
-        activations=int(tokens * _activation_bytes_per_token(model, loss, largest[-1])),
+        activations=int(tokens * per_token),
         logits=logits,
     )
 
