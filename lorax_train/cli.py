@@ -255,6 +255,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", "output.overwrite", "write into a directory of other files", switch=True)
     add("--save-dtype", "output.save_dtype", "of A and B in the file", of=c.SaveDtype)
     add("--portable", "output.portable", "fold the scale into B, for llama.cpp, vLLM", switch=True)
+    add("--save-every", "loop.save_every", "steps between two checkpoints", type=int)
+    add("--keep-checkpoints", "output.keep_checkpoints", "how many of the newest", type=int)
+    add(
+        "--resume",
+        "output.resume",
+        "go on from the newest checkpoint, if there is one; or from this one",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="DIR",
+    )
 
     add = _adder(parser.add_argument_group("data"))
     add("--eval-data", "data.eval_file", "held-out rows", type=Path, metavar="PATH")

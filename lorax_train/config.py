@@ -208,8 +208,14 @@ class OutputConfig:
     """Of A and B in the file."""
     portable: bool = False
     """Whether the scale is folded into B, for loaders that read little of the config."""
+    resume: Path | bool = False
+    """Go on from the newest whole checkpoint in the directory, if there is one; or from this one,
+    or the newest in this directory."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
 
     def __post_init__(self) -> None:
+        _at_least("--keep-checkpoints", self.keep_checkpoints, 1)
         _one_of("--save-dtype", self.save_dtype, get_args(SaveDtype))
 
 

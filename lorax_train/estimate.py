@@ -15,6 +15,9 @@ T tokens (padding included) with K targets:
 Not counted: torch itself, the temporary tensors of single operations, the one layer that is
 computed again with ``--checkpointing``, and what the allocator wastes. On a CPU, with smollm2-135m,
 the temporary tensors and the waste were 0.3 to 0.4 GB for batches of 200 and of 2048 tokens alike.
+With a llama of 6 layers of 512, one thread, float32 and 8 rows of 256 tokens, the peak beyond the
+weights was 1.6 times the estimate, with dropout 1.8 times; for 4 layers of 256 and 4 rows of 128
+tokens it was 0.9 times.
 """
 
 from __future__ import annotations
@@ -85,11 +88,14 @@ def estimate(
         logits = 2 * 4 * vocabulary * min(targets, piece(vocabulary))
     else:
         logits = min(targets, CHUNK) * vocabulary * (12 + 2 * size)
+    for run in runs:
+        run.adapter.train(True)  # dropout's masks are kept too
+    per_token = _activation_bytes_per_token(model, loss, largest[-1])
     return MemoryEstimate(
         weights=sum(storages.values()),
         adapter=n_trained * (8 + size),
         optimizer=n_trained * 8,
-        activations=int(tokens * _activation_bytes_per_token(model, loss, largest[-1])),
+        activations=int(tokens * per_token),
         logits=logits,
     )
 
@@ -141,14 +147,38 @@ def _free_of_machine() -> int | None:
     return next((int(size) * 1024 for size in sizes), None)
 
 
-def _free_of_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the memory limit of a container (cgroup v2) leaves; file cache is given back."""
+def _free_of_container(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> int | None:
+    """What the memory limits leave of the control group of this process and of those above it, of
+    version 1 or 2; file cache is given back. A process that goes beyond is killed."""
     try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except (OSError, ValueError):
-        return None
-    if limit == "max":
-        return None
-    return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
+        lines = []
+    paths = {"": "", **{names: path for _, names, path in lines if names in ("", "memory")}}
+    found = []
+    for names, path in paths.items():
+        top = root / names
+        # In a container, the path may be the host's, which is not to be seen: its own is the top.
+        group = top / path.lstrip("/")
+        groups = [group, *(above for above in group.parents if above.is_relative_to(top)), top]
+        found += [
+            free for each in dict.fromkeys(groups) if (free := _free_of_group(each)) is not None
+        ]
+    return min(found, default=None)
+
+
+def _free_of_group(group: Path) -> int | None:
+    for limit_file, used_file, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit = int((group / limit_file).read_text())  # or "max"
+            used = int((group / used_file).read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            return max(0, limit - used + int(stat.get(cache, 0)))
+        except (OSError, ValueError):
+            continue
+    return None

@@ -74,8 +74,15 @@ def mark(console: Console, example: Example, tokenizer: Tokenizer) -> str:
     return "".join(parts) + (f" … ({left} more tokens)" if left else "")
 
 
-def show_memory(console: Console, need: MemoryEstimate, available: int | None) -> None:
-    """The memory estimate; a warning with what to change if there is not enough."""
+def show_memory(
+    console: Console, need: MemoryEstimate, available: int | None, device: str = "cpu"
+) -> None:
+    """The memory estimate; a warning with what to change if there is not enough.
+
+    On a GPU, an allocation fails, and the trainer goes on with smaller batches. On a CPU, the
+    system kills the process instead, so this is the only warning that there can be.
+    """
+    end = ", and the system may kill it without a word" if device == "cpu" else ""
     console.line(
         f"memory     about {size(need.total)}: weights {size(need.weights)} (loaded), adapter and "
         f"gradients {size(need.adapter)}, optimizer {size(need.optimizer)}, activations "
@@ -89,7 +96,7 @@ def show_memory(console: Console, need: MemoryEstimate, available: int | None) -
     if available is not None and need.to_come > available:
         console.warn(
             f"the run is likely to need {size(need.to_come - available)} more memory than there "
-            "is; lower --batch-size (and raise --grad-accumulation by as much, for the same "
+            f"is{end}; lower --batch-size (and raise --grad-accumulation by as much, for the same "
             "result), or lower --max-length"
         )
 

@@ -17,6 +17,7 @@ from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.source import resolve_model
 from lorax_train.base import choose_device, choose_dtype, load_model
+from lorax_train.checkpoint import Checkpoints
 from lorax_train.checkpointing import checkpoint_layers
 from lorax_train.config import TrainConfig, check_together
 from lorax_train.console import Console, size
@@ -25,6 +26,7 @@ from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
 from lorax_train.inject import TrainableLoRA, inject_all, tied_targets
 from lorax_train.loss import TargetLoss
+from lorax_train.memory import is_out_of_memory, out_of_memory
 from lorax_train.portable import check_portable
 from lorax_train.probe import compute_probe
 from lorax_train.report import show_example, show_memory, show_plan, show_probe, show_serving
@@ -88,6 +90,7 @@ def train_all(
         with _naming(config):
             datasets.append(prepare(config, source, console, stores))
     fingerprint = _fingerprint(source, console)
+    checkpoints = Checkpoints(configs, datasets, fingerprint or first.model, dtype, console)
     with _out_of_memory_explained():
         model = load_model(first.model, source, dtype, device)
         base_parameters = sum(p.numel() for p in model.parameters())
@@ -122,17 +125,18 @@ def train_all(
             )
             for adapter, data, config in zip(adapters, datasets, configs, strict=True)
         ]
-        trainer = Trainer(loss, runs, datasets[0].tokenizer.pad_id, [console])
+        trainer = Trainer(loss, runs, datasets[0].tokenizer.pad_id, [console, checkpoints])
         for config, run, data in zip(configs, runs, datasets, strict=True):
             show_plan(console, config, run, base_parameters, dtype)
             show_example(console, run.examples[0], data.tokenizer)
         need = estimate(model, runs, loss)
-        show_memory(console, need, available_memory(device))
+        show_memory(console, need, available_memory(device), device.type)
         if not loss.head_on_targets:
             console.warn("this model's logits are not its head's alone, so all are computed: slow")
         if dry_run:
             console.line("dry run: nothing was trained")
             return []
+        checkpoints.resume(runs)
         trainer.train()
     return [
         _finish(console, config, model, run, data, fingerprint, served=obstacle is None)
@@ -247,11 +251,7 @@ def _naming(config: TrainConfig) -> Iterator[None]:
 def _out_of_memory_explained() -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        on_cpu = "allocate memory" in str(error)  # a bare RuntimeError there
-        if not on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        raise TrainingError(
-            "out of memory; lower --batch-size (and raise --grad-accumulation by as much, for the "
-            "same result), lower --max-length, or choose a smaller model"
-        ) from error
+        raise out_of_memory() from error

@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -96,6 +97,8 @@ class TrainingRun:
         self.config = optimizer
         self.loop = loop
         self.name = name
+        self.rows = loop.batch_size
+        """Most rows in a forward pass: as was asked for, or fewer after running out of memory."""
         self.record = TrainingRecord()
         self.parameters = adapter.parameters()
         kind = torch.optim.AdamW if optimizer.name == "adamw" else torch.optim.Adam
@@ -104,7 +107,8 @@ class TrainingRun:
             self._groups(), lr=optimizer.lr, weight_decay=optimizer.weight_decay, fused=True
         )
         self.best: list[torch.Tensor] | None = None
-        """The parameters at the lowest held-out loss, if that is what will be saved."""
+        """The parameters at the lowest held-out loss of training so far, if that is what will be
+        saved: in ``parameters``' order."""
         self.gradient_norm = 0.0
         self._steps = self._plan()
 
@@ -131,6 +135,15 @@ class TrainingRun:
     def next_step(self) -> list[list[Example]]:
         """The batches of the next optimizer step."""
         return next(self._steps)
+
+    def cut(self, batches: Sequence[Sequence[Example]]) -> list[Sequence[Example]]:
+        """The same rows in batches of no more than ``rows``, as even as can be."""
+        parts = []
+        for batch in batches:
+            n = math.ceil(len(batch) / self.rows)
+            bounds = [len(batch) * i // n for i in range(n + 1)]
+            parts += [batch[start:stop] for start, stop in pairwise(bounds)]
+        return parts
 
     def skip_to(self, step: int) -> None:
         """Go on after this many steps."""
@@ -174,18 +187,34 @@ class TrainingRun:
         record.seconds += seconds
 
     def evaluated(self, loss: float) -> None:
-        """Take a held-out loss: it may be the best so far, or the last that is waited for."""
+        """Take a held-out loss: it may be the best so far, or the last that is waited for.
+
+        The loss before training counts for patience, but is not the best that is kept: an adapter
+        that does nothing is of no use.
+
+        Args:
+            loss: of the parameters as they are, in nats a target.
+
+        Raises:
+            TrainingError: it is not a finite number.
+        """
         record = self.record
+        if not math.isfinite(loss):
+            of = f" of {self.name}" if self.name else ""
+            raise TrainingError(
+                f"step {record.steps}: the held-out loss{of} is not a finite number; try a lower "
+                f"--lr (now {self.config.lr:g}), or --dtype float32"
+            )
+        trained = [each.loss for each in record.evaluations if each.step]
         record.evaluations.append(Evaluation(record.steps, loss))
-        lowest = min(each.loss for each in record.evaluations)
-        if self.loop.keep_best and loss == lowest:
+        if self.loop.keep_best and record.steps and loss < min(trained, default=math.inf):
             self.best = [parameter.detach().clone() for parameter in self.parameters]
         patience = self.loop.patience
         if patience is not None:
-            latest = record.evaluations[-patience:]
-            earlier = record.evaluations[:-patience]
-            if earlier and min(e.loss for e in latest) >= min(e.loss for e in earlier):
-                record.stopped_early = not self.done
+            losses = record.eval_losses
+            latest, earlier = losses[-patience:], losses[:-patience]
+            if earlier and min(latest) >= min(earlier):
+                record.stopped_early = record.steps < self.total_steps
 
     @property
     def kept(self) -> Evaluation | None:
@@ -193,7 +222,7 @@ class TrainingRun:
         evaluations = self.record.evaluations
         if self.best is None:
             return evaluations[-1] if evaluations else None
-        return min(reversed(evaluations), key=lambda each: each.loss)
+        return min((each for each in evaluations if each.step), key=lambda each: each.loss)
 
     def take_best(self) -> None:
         """Put back the parameters of the lowest held-out loss, if they were kept."""
