@@ -201,9 +201,14 @@ def _config(values: Mapping[str, Any]) -> c.TrainConfig:
 
 
 def _in_files(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """The flags that may be in a file: those of a config's fields, and the preset."""
+    """The flags that may be in a file: those of a config's fields, and the preset; not what is said
+    of one start alone."""
     fields = {spec.name for spec in dataclasses.fields(c.TrainConfig)} | {"preset"}
-    return [action for action in parser._actions if action.dest in fields or "." in action.dest]
+    return [
+        action
+        for action in parser._actions
+        if (action.dest in fields or "." in action.dest) and action.dest != "output.resume"
+    ]
 
 
 def _flags_of(config: c.TrainConfig) -> dict[str, Any]:

@@ -339,7 +339,7 @@ def test_on_a_full_disk_the_training_goes_on_and_what_was_there_stays_whole(
             return
         if error is None:
             assert "warning" in stream.getvalue()
-        else:
+        elif "the tokens of the data cannot be written" not in error:  # before anything else is
             assert "No space left on device; an adapter that was there before is still" in error
             assert "Make room" in error
             assert files.digest == adapter.digest or files.metadata["steps"] == "4"
