@@ -104,7 +104,7 @@ def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 def _named(run: TrainingRun) -> dict[str, torch.nn.Parameter]:
     """What is trained, in ``run.parameters``' order."""
-    found = {}
+    found: dict[str, torch.nn.Parameter] = {}
     for path, pair in run.adapter.pairs().items():
         found |= {f"{path}.a": pair.a, f"{path}.b": pair.b}
         if pair.magnitude is not None:
@@ -114,7 +114,7 @@ def _named(run: TrainingRun) -> dict[str, torch.nn.Parameter]:
 
 
 def _fixed(run: TrainingRun) -> dict[str, torch.Tensor]:
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path, pair in run.adapter.pairs().items():
         if pair.fixed is not None:
             found |= {f"{path}.fixed.a": pair.fixed[0], f"{path}.fixed.b": pair.fixed[1]}

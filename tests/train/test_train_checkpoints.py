@@ -16,7 +16,6 @@ import torch
 
 from lorax_serve.adapter import read
 from lorax_serve.errors import TrainingError
-from lorax_train import checkpoint_files
 from lorax_train.checkpoint_files import (
     Checkpoint,
     Damaged,
@@ -218,7 +217,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(
         file.unlink()
     else:
         data[len(data) // 2] ^= 1
-        file.write_bytes({"cut short": data[:-1], "empty": b"", "flipped": data}[how])
+        file.write_bytes(bytes({"cut short": data[:-1], "empty": b"", "flipped": data}[how]))
     result, said = run(resume=True)
     assert "step-6 is damaged and left out" in said
     assert "after step 4" in said
@@ -419,7 +418,7 @@ def test_files_are_synced_before_they_get_their_name(
         assert {self.stat().st_ino, *(each.stat().st_ino for each in self.iterdir())} <= synced
         return real_replace(self, target)
 
-    monkeypatch.setattr(checkpoint_files.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", replace)
     write_checkpoint(tmp_path, 1, Checkpoint({}, [{"a": torch.zeros(2)}]))
     assert tmp_path.stat().st_ino in synced
