@@ -220,6 +220,8 @@ def _flags_of(config: c.TrainConfig) -> dict[str, Any]:
         part, _, field = action.dest.rpartition(".")
         value = getattr(getattr(config, part) if part else config, field)
         instead = config.loop.max_steps is not None and action.dest == "loop.epochs"
+        if isinstance(value, tuple):
+            value = ",".join(map(str, value))
         if value is not None and value != "" and not instead:
             out[action.option_strings[-1].removeprefix("--").replace("-", "_")] = value
     return out

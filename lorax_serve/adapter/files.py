@@ -109,8 +109,8 @@ def save(
     header = {"format": "pt", **(metadata or {})}
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     files = {
-        WEIGHTS_FILE: _sorted_header(safetensors.torch.save(data, header)),
         CONFIG_FILE: json.dumps(config.to_dict(), indent=2).encode() + b"\n",
+        WEIGHTS_FILE: _sorted_header(safetensors.torch.save(data, header)),
     }
     if card is not None:
         files[CARD_FILE] = card.encode()
@@ -179,7 +179,8 @@ def _replace_all(root: Path, files: Mapping[str, bytes]) -> None:
     """Replace all files or, after an error, none.
 
     Only the first step takes space. Weights under a config that stays need no more than a rename.
-    Otherwise both leave before the new ones come, since no rename replaces two files at once.
+    Otherwise both leave before the new ones come, since no rename replaces two files at once. The
+    config comes first: a directory with a config alone is known for one that is to have an adapter.
     """
     staged = {name: root / f".{name}.{os.getpid()}.tmp" for name in files}
     try:
@@ -203,7 +204,7 @@ def _replace_all(root: Path, files: Mapping[str, bytes]) -> None:
 
 def _settle(root: Path) -> None:
     """Have nothing set aside: an adapter that is there is what counts."""
-    if not (root / CONFIG_FILE).exists():
+    if not all((root / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         _put_back(root)
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         _aside(root / name).unlink(missing_ok=True)

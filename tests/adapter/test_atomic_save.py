@@ -104,6 +104,24 @@ def test_a_process_killed_at_any_call_leaves_an_adapter_that_is_whole(
     pytest.fail("no call was the last")
 
 
+def test_a_first_save_that_is_killed_leaves_what_is_known_for_unfinished(tmp_path: Path) -> None:
+    for number in range(1, 100):
+        root = tmp_path / str(number)
+        child = os.fork()
+        if child == 0:
+            failing_at(number, die)(pytest.MonkeyPatch())
+            write(root, 4, 1.0)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        undo_broken_save(root)
+        left = {path.name for path in root.iterdir()}
+        assert not left or "adapter_config.json" in left
+        if not os.WIFSIGNALED(status):
+            assert seen(root) == (4, 1.0)
+            return
+    pytest.fail("no call was the last")
+
+
 def test_with_the_same_config_there_is_an_adapter_at_every_instant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,8 +217,12 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(
         file.unlink()
     else:
         data[len(data) // 2] ^= 1
+<<<<<<< HEAD
         damaged = {"cut short": bytes(data[:-1]), "empty": b"", "flipped": bytes(data)}
         file.write_bytes(damaged[how])
+=======
+        file.write_bytes(bytes({"cut short": data[:-1], "empty": b"", "flipped": data}[how]))
+>>>>>>> t-resume
     result, said = run(resume=True)
     assert "step-6 is damaged and left out" in said
     assert "after step 4" in said
@@ -343,7 +347,7 @@ def test_on_a_full_disk_the_training_goes_on_and_what_was_there_stays_whole(
             assert "No space left on device; an adapter that was there before is still" in error
             assert "Make room" in error
             assert files.digest == adapter.digest or files.metadata["steps"] == "4"
-        if number == 1:
+        if number == 1 and error is None:
             assert "no checkpoint of step 2" in stream.getvalue()
             assert "make room there, the training goes on" in stream.getvalue()
     pytest.fail("no write was the last")

@@ -90,7 +90,7 @@ def test_what_goes_on_after_ctrl_c_has_the_same_bits(
     whole = Logging()
     expected = train(to(config, tmp_path / "whole" / "same"), whole)
     out = tmp_path / "cut" / "same"
-    steps: dict[Any, Any] = {}
+    steps: dict[tuple[str, int], tuple[float, float]] = {}
     for stop in (1, 4, None):
         console = Logging(stop)
         result = train(to(config, out, resume=True), console)
@@ -132,7 +132,7 @@ def test_adapters_trained_together_go_on_together(
     expected = train_all(configs("whole"), whole)
     assert [result.record.steps for result in expected] == [3, 8, 3]
     assert expected[2].record.stopped_early
-    steps: dict[Any, Any] = {}
+    steps: dict[tuple[str, int], tuple[float, float]] = {}
     for stop in (2, 5, None):
         console = Logging(stop)
         results = train_all(configs("cut", resume=True), console)
