@@ -114,12 +114,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         *lines, end = (path / _DIGESTS).read_bytes().decode("ascii").split("\n")
         if end:
             raise Damaged(f"{_DIGESTS} is cut short")
-<<<<<<< HEAD
         pairs = (line.split("  ") for line in lines)
         digests = {name: digest for digest, name in pairs}
-=======
-        digests = {name: digest for digest, name in (line.split("  ") for line in lines)}
->>>>>>> t-resume
         raw = {name: (path / name).read_bytes() for name in digests}
         for name, data in raw.items():
             if hashlib.sha256(data).hexdigest() != digests[name]:

@@ -104,11 +104,7 @@ def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 def _named(run: TrainingRun) -> dict[str, torch.nn.Parameter]:
     """What is trained, in ``run.parameters``' order."""
-<<<<<<< HEAD
     found: dict[str, Any] = {}
-=======
-    found: dict[str, torch.nn.Parameter] = {}
->>>>>>> t-resume
     for path, pair in run.adapter.pairs().items():
         found |= {f"{path}.a": pair.a, f"{path}.b": pair.b}
         if pair.magnitude is not None:
@@ -117,11 +113,7 @@ def _named(run: TrainingRun) -> dict[str, torch.nn.Parameter]:
     return found
 
 
-<<<<<<< HEAD
 def _starts(run: TrainingRun) -> dict[str, torch.Tensor]:
-=======
-def _fixed(run: TrainingRun) -> dict[str, torch.Tensor]:
->>>>>>> t-resume
     found: dict[str, torch.Tensor] = {}
     for path, pair in run.adapter.pairs().items():
         if pair.start is not None:

@@ -12,20 +12,12 @@ T tokens (padding included) with K targets:
   targets: logits and their gradient in the base's dtype, and in float32 the logits, their
   log-softmax and its gradient.
 
-<<<<<<< HEAD
 Not counted: torch itself, the temporary tensors of single operations, the one layer that is
 computed again with ``--checkpointing``, and what the allocator wastes. On a CPU, with smollm2-135m,
 the temporary tensors and the waste were 0.3 to 0.4 GB for batches of 200 and of 2048 tokens alike.
 With a llama of 6 layers of 512, one thread, float32 and 8 rows of 256 tokens, the peak beyond the
 weights was 1.6 times the estimate, with dropout 1.8 times; for 4 layers of 256 and 4 rows of 128
 tokens it was 0.9 times.
-=======
-Not counted: torch itself, the temporary tensors of single operations, and what the allocator
-wastes. On a CPU, with smollm2-135m, the latter two were 0.3 to 0.4 GB for batches of 200 and of
-2048 tokens alike. Random llamas in float32, trained by one thread, took 0.9 times the estimate
-beyond their weights (4 layers of 256, 4 rows of 128 tokens), and 1.6 times (6 layers of 512, 8 rows
-of 256 tokens).
->>>>>>> t-resume
 """
 
 from __future__ import annotations

@@ -33,13 +33,8 @@ def main() -> None:
         num_attention_heads=8,
         num_key_value_heads=4,
     )
-<<<<<<< HEAD
     build: Any = LlamaForCausalLM
     model = build(config).requires_grad_(False).eval()
-=======
-    model = LlamaForCausalLM(config).requires_grad_(False)
-    model.train(False)
->>>>>>> t-resume
     row = Example(tuple(range(length)), (False,) + (True,) * (length - 1), "row")
     loss = TargetLoss.prepare(model, row)
     adapter = inject(model, InjectionConfig(r=16, dropout=float(sys.argv[5])), "peak", 0)

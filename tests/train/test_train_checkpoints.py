@@ -217,12 +217,8 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(
         file.unlink()
     else:
         data[len(data) // 2] ^= 1
-<<<<<<< HEAD
         damaged = {"cut short": bytes(data[:-1]), "empty": b"", "flipped": bytes(data)}
         file.write_bytes(damaged[how])
-=======
-        file.write_bytes(bytes({"cut short": data[:-1], "empty": b"", "flipped": data}[how]))
->>>>>>> t-resume
     result, said = run(resume=True)
     assert "step-6 is damaged and left out" in said
     assert "after step 4" in said
