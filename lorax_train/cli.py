@@ -223,7 +223,8 @@ def _flags_of(config: c.TrainConfig) -> dict[str, Any]:
         if isinstance(value, tuple):
             value = ",".join(map(str, value))
         if value is not None and value != "" and not instead:
-            out[action.option_strings[-1].removeprefix("--").replace("-", "_")] = value
+            # The first of --keep-best and --no-keep-best.
+            out[action.option_strings[0].removeprefix("--").replace("-", "_")] = value
     return out
 
 

@@ -133,7 +133,7 @@ def _values(
 
 def _value(where: str, value: object, flag: argparse.Action) -> Any:
     """What the flag's text would have become."""
-    if isinstance(flag, argparse._StoreTrueAction):
+    if isinstance(flag, argparse._StoreTrueAction | argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise TrainingError(f"{where} must be true or false, not {value!r}")
         return value
