@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ _PARTS: dict[str, type[Any]] = {
     "lora": c.InjectionConfig,
     "optimizer": c.OptimizerConfig,
     "loop": c.LoopConfig,
+    "objective": c.ObjectiveConfig,
     "": c.TrainConfig,
 }
 
@@ -90,13 +92,15 @@ def parse(argv: Sequence[str] | None = None) -> c.TrainConfig:
     Raises:
         TrainingError: naming the flag.
     """
-    given = vars(_parser().parse_args(argv))
+    arguments = sys.argv[1:] if argv is None else argv
+    given = vars(_parser().parse_args(arguments))
     values = {**_PRESETS.get(given.pop("preset", ""), {}), **given}
     parts: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
     for key, value in values.items():
         part, _, name = key.rpartition(".")
         parts[part][name] = value
     top = parts.pop("")
+    top["command"] = shlex.join(["lorax-train", *arguments])
     return c.TrainConfig(**{part: _PARTS[part](**parts[part]) for part in parts}, **top)
 
 
@@ -105,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="lorax-train",
         description="Train a LoRA adapter on a frozen language model.",
         epilog="A row of FILE is a JSON object with text, with prompt and completion, or with "
-        "messages (a list of objects with role and content).",
+        "messages (a list of objects with role and content); for --objective dpo with prompt, "
+        "chosen and rejected.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -122,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", "output.overwrite", "write into a directory of other files", switch=True)
     add("--save-dtype", "output.save_dtype", "of A and B in the file", of=c.SaveDtype)
 
+    add("--no-report", "output.report", "no loss.png, no report.html", switch=False)
+    add("--tensorboard", "output.tensorboard", "write its files here", type=Path, metavar="DIR")
+
     add = _adder(parser.add_argument_group("data"))
     add("--eval-data", "data.eval_file", "held-out rows", type=Path, metavar="FILE")
     add("--eval-split", "data.eval_split", "share of the rows to hold out instead", type=float)
@@ -134,6 +142,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--targets", "lora.targets", "all-linear, qkv, names with commas, or regex:...")
     add("--rslora", "lora.rslora", "scale by alpha / sqrt(r)", switch=True)
     add("--init", "lora.init", "of A", of=c.Init)
+
+    add = _adder(parser.add_argument_group("objective"))
+    add("--objective", "objective.name", "sft: next tokens; dpo: preferences", of=c.ObjectiveName)
+    add("--beta", "objective.beta", "dpo: how close to stay to the base model", type=float)
+    add(
+        "--loss",
+        "objective.loss",
+        "of each token instead of the cross-entropy: module:function or file.py:function",
+        metavar="WHERE",
+    )
 
     training = parser.add_argument_group("training")
     add = _adder(training.add_mutually_exclusive_group())
@@ -159,14 +177,14 @@ def _adder(group: Any) -> Callable[..., None]:
     """``group.add_argument``, with the default from the config's field in the help."""
 
     def add(flag: str, field: str, text: str, *, of: object = None, **options: Any) -> None:
-        if options.pop("switch", False):
-            options["action"] = "store_true"
+        if "switch" in options:
+            options["action"] = "store_true" if options.pop("switch") else "store_false"
         elif of is not None:
             options["choices"] = get_args(of)
         else:
             options.setdefault("metavar", field.rpartition(".")[2].upper())
         default = _default(field)
-        shown = "" if default is None or default is False else f"(default: {default})"
+        shown = "" if default is None or isinstance(default, bool) else f"(default: {default})"
         group.add_argument(flag, dest=field, help=f"{text} {shown}".strip(), **options)
 
     return add

@@ -20,12 +20,14 @@ __all__ = [
     "DtypeName",
     "InjectionConfig",
     "LoopConfig",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "OutputConfig",
     "TrainConfig",
 ]
 
 Init = Literal["kaiming", "gaussian", "pissa"]
+ObjectiveName = Literal["sft", "dpo"]
 Optimizer = Literal["adamw", "adam"]
 Schedule = Literal["cosine", "linear", "constant"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -85,6 +87,29 @@ class DataConfig:
         _finite("--eval-split", self.eval_split, at_least=0.0, below=1.0)
         if self.eval_file is not None and self.eval_split:
             raise TrainingError("--eval-data and --eval-split exclude each other; give one of them")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveConfig:
+    """What is made small."""
+
+    name: ObjectiveName = "sft"
+    """``sft``: the loss of the tokens to learn; ``dpo``: direct preference optimization
+    (arXiv:2305.18290) on rows with ``prompt``, ``chosen`` and ``rejected``."""
+    beta: float = 0.1
+    """DPO's: the greater, the closer the adapter stays to the base model."""
+    loss: str | None = None
+    """``module:function`` or ``file.py:function`` of ``loss.LossFunction``'s form, instead of the
+    cross-entropy."""
+
+    def __post_init__(self) -> None:
+        _one_of("--objective", self.name, get_args(ObjectiveName))
+        _finite("--beta", self.beta, above=0.0)
+        if self.name == "dpo" and self.loss is not None:
+            raise TrainingError(
+                "--loss and --objective dpo exclude each other: DPO is made of log-probabilities; "
+                "give one of them"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +196,10 @@ class OutputConfig:
     """Whether a directory that holds something else than an adapter may be written into."""
     save_dtype: SaveDtype = "float32"
     """Of A and B in the file."""
+    tensorboard: Path | None = None
+    """A directory for TensorBoard's files; None: none are written."""
+    report: bool = True
+    """Whether ``loss.png`` and ``report.html`` are put beside the adapter."""
 
     def __post_init__(self) -> None:
         _one_of("--save-dtype", self.save_dtype, get_args(SaveDtype))
@@ -191,8 +220,11 @@ class TrainConfig:
     lora: InjectionConfig = field(default_factory=InjectionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     name: str = ""
     """What messages call the adapter, where several are trained at once."""
+    command: str = field(default="", compare=False)
+    """The command line that this comes from, for the records; empty if from none."""
 
     def __post_init__(self) -> None:
         _one_of("--device", self.device, get_args(Device))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -15,9 +16,12 @@ from lorax_train.batches import split
 from lorax_train.config import TrainConfig
 from lorax_train.console import Console
 from lorax_train.encode import Example, encode_rows
+from lorax_train.preference import encode_preferences, read_preferences
 from lorax_train.rows import Messages, read_rows
 
 __all__ = ["Dataset", "check_fit", "prepare"]
+
+_Encode = Callable[[Any, Tokenizer, int], tuple[Sequence[Example], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,19 @@ def prepare(config: TrainConfig, source: Path, console: Console) -> Dataset:
         TrainingError: naming the file, line and flag.
     """
     data = config.data
-    rows = read_rows(data.train)
-    eval_rows = read_rows(data.eval_file) if data.eval_file else []
+    preferences = config.objective.name == "dpo"
+    read: Callable[[Path], list[Any]] = read_preferences if preferences else read_rows
+    encode: _Encode = encode_preferences if preferences else encode_rows
+    rows = read(data.train)
+    eval_rows = read(data.eval_file) if data.eval_file else []
     if data.eval_split and len(rows) < 2:
         raise TrainingError("--eval-split needs at least two rows; give more, or --eval-data")
     chat = any(isinstance(row.content, Messages) for row in (*rows, *eval_rows))
     tokenizer = load_tokenizer(config.model, source, chat=chat)
-    examples, warnings = encode_rows(rows, tokenizer, data.max_length)
-    held_out: list[Example] = []
+    examples, warnings = encode(rows, tokenizer, data.max_length)
+    held_out: Sequence[Example] = []
     if eval_rows:
-        held_out, more = encode_rows(eval_rows, tokenizer, data.max_length)
+        held_out, more = encode(eval_rows, tokenizer, data.max_length)
         warnings += [f"{data.eval_file}: {warning}" for warning in more]
     elif data.eval_split:
         if len(examples) < 2:
@@ -76,7 +83,8 @@ def check_fit(config: TrainConfig, model: PreTrainedModel, examples: Sequence[Ex
     Raises:
         TrainingError: naming the row.
     """
-    longest = max(examples, key=lambda example: len(example.tokens))
+    rows = [row for example in examples for row in example.rows]
+    longest = max(rows, key=lambda example: len(example.tokens))
     limit = getattr(model.config, "max_position_embeddings", None)
     if isinstance(limit, int) and len(longest.tokens) > limit:
         raise TrainingError(
@@ -84,7 +92,7 @@ def check_fit(config: TrainConfig, model: PreTrainedModel, examples: Sequence[Ex
             f"positions; lower --max-length to {limit}"
         )
     vocabulary = vocabulary_size(model)
-    highest = max(examples, key=lambda example: max(example.tokens))
+    highest = max(rows, key=lambda example: max(example.tokens))
     if max(highest.tokens) >= vocabulary:
         raise TrainingError(
             f"{highest.where}: token id {max(highest.tokens)}, but {config.model} has an embedding "

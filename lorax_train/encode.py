@@ -39,6 +39,11 @@ class Example:
         """How many tokens are learned."""
         return sum(self.trained)
 
+    @property
+    def rows(self) -> tuple[Example, ...]:
+        """What goes through the model."""
+        return (self,)
+
 
 def encode_rows(
     rows: Sequence[Row], tokenizer: Tokenizer, max_length: int

@@ -62,9 +62,10 @@ def estimate(
 ) -> MemoryEstimate:
     """Estimate a training whose largest batch has the longest examples of each run."""
     largest = [
-        example
+        row
         for run in runs
         for example in sorted(run.examples, key=lambda e: len(e.tokens))[-run.loop.batch_size :]
+        for row in example.rows
     ]
     largest.sort(key=lambda example: len(example.tokens))
     lengths = [len(example.tokens) for example in largest]

@@ -72,6 +72,15 @@ class Routing:
         """Have all tokens be this adapter's within the block."""
         return self.to((Span(adapter, 0, _ALL),))
 
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Have the model be the base within the block, bit for bit."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
     def of(self, tokens: int, members: Mapping[int, int]) -> list[Span]:
         """The spans of a layer's adapters, by their places in that layer."""
         if not self.on:
@@ -288,14 +297,9 @@ class TrainableLoRA:
         """Have all tokens be this adapter's within the block."""
         return self.routing.alone(self.index)
 
-    @contextmanager
-    def switched_off(self) -> Iterator[None]:
-        """Have the model be the base, bit for bit."""
-        self.routing.on = False
-        try:
-            yield
-        finally:
-            self.routing.on = True
+    def switched_off(self) -> AbstractContextManager[None]:
+        """Have the model be the base within the block, bit for bit."""
+        return self.routing.switched_off()
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """What is saved, by PEFT's names, copied to the CPU in ``dtype``."""

@@ -4,7 +4,7 @@ computed for the others."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,13 @@ from lorax_train.head import head_loss
 from lorax_train.inject import LoRALayer, Routing
 from lorax_train.lean import make_lean
 
-__all__ = ["LossFunction", "TargetLoss", "mean_loss"]
+__all__ = ["LossFunction", "Objective", "TargetLoss", "cross_entropy", "mean_loss"]
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits ``[n, vocabulary]`` float32 and labels ``[n]`` to each target's loss ``[n]``."""
+
+Weigh = Callable[[torch.Tensor], torch.Tensor]
+"""From each target's loss ``[n]`` float32 to each target's weight in the sum ``[n]``."""
 
 # Targets whose logits exist at a time where the head's own gradient is wanted.
 _CHUNK = 256
@@ -34,6 +37,22 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The default loss of each target, in nats."""
     return F.cross_entropy(logits, labels, reduction="none")
+
+
+class Objective(Protocol):
+    """What the trainer needs of a loss. Its targets are what the loss is a mean over: tokens, or
+    pairs of answers."""
+
+    @property
+    def routing(self) -> Routing:
+        """Of the adapters in the model."""
+
+    def collate(self, shares: Any, pad_id: int) -> Any:
+        """A batch, with ``target_spans``, ``n_targets`` and ``n_tokens``."""
+
+    def __call__(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weighted sum over the batch's targets, a float32 scalar, and each target's own loss,
+        without a gradient."""
 
 
 class TargetLoss:
@@ -133,25 +152,33 @@ class TargetLoss:
             found: torch.Tensor = head(hidden.flatten(0, 1)[batch.before])
         return found
 
-    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, batch: Batch, weigh: Weigh | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The weighted sum over the batch's targets, a float32 scalar, and each target's own loss
-        ``[n]``, without a gradient. In nats, with the default function."""
+        ``[n]``, without a gradient. In nats, with the default function.
+
+        Args:
+            batch: with the weights.
+            weigh: makes the weights of the losses instead. They are constants for the gradient.
+        """
         head = output_head(self.model)
         if not self.head_on_targets or head is None:
-            losses = self.function(self.logits(batch).float(), batch.labels)
-            return (losses * batch.weights).sum(), losses.detach()
+            return _weighed(self.function(self.logits(batch).float(), batch.labels), batch, weigh)
         hidden = self.hidden(batch)
         assert hidden is not None
         at_targets = hidden.flatten(0, 1)[batch.before]
         if self.function is cross_entropy and not isinstance(head, LoRALayer):
             weight: Any = head.weight
             bias = getattr(head, "bias", None)
-            return head_loss(at_targets, weight, batch.labels, batch.weights, bias)
-        return self._in_chunks(head, at_targets, batch)
+            weights = batch.weights
+            if weigh is not None:  # the head's gradient needs the weights in its forward
+                with torch.no_grad():
+                    weights = weigh(head_loss(at_targets, weight, batch.labels, weights, bias)[1])
+            return head_loss(at_targets, weight, batch.labels, weights, bias)
+        return _weighed(self._in_chunks(head, at_targets, batch), batch, weigh)
 
-    def _in_chunks(
-        self, head: nn.Module, hidden: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _in_chunks(self, head: nn.Module, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """With a trained head, or another loss: logits are computed again for the gradient."""
 
         def loss_of(part: torch.Tensor, labels: torch.Tensor, adapter: int) -> torch.Tensor:
@@ -164,8 +191,7 @@ class TargetLoss:
                 at = slice(start, min(start + _CHUNK, span.stop))
                 args = (hidden[at], batch.labels[at], span.adapter)
                 losses.append(checkpoint(loss_of, *args, use_reentrant=False))
-        all_losses = torch.cat(losses)
-        return (all_losses * batch.weights).sum(), all_losses.detach()
+        return torch.cat(losses)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {
@@ -184,8 +210,15 @@ class TargetLoss:
         return self.routing.to(batch.target_spans)
 
 
+def _weighed(
+    losses: torch.Tensor, batch: Batch, weigh: Weigh | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = batch.weights if weigh is None else weigh(losses.detach())
+    return (losses * weights).sum(), losses.detach()
+
+
 @torch.no_grad()
-def mean_loss(loss: TargetLoss, batches: Iterable[Batch]) -> float:
+def mean_loss(loss: Objective, batches: Iterable[Any]) -> float:
     """The mean loss over all targets of ``batches``, each target weighing the same.
 
     The caller turns dropout off.

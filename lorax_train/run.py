@@ -24,6 +24,7 @@ from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
 from lorax_train.inject import TrainableLoRA, inject_all
 from lorax_train.loss import TargetLoss
+from lorax_train.objective import choose_function, choose_objective, try_function
 from lorax_train.probe import compute_probe
 from lorax_train.report import show_example, show_memory, show_plan, show_probe, show_serving
 from lorax_train.trainer import Trainer
@@ -70,6 +71,7 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
     first = configs[0]
     for config in configs:
         check_output(config.output)
+    function = choose_function(configs)
     device = choose_device(first.device)
     dtype = choose_dtype(first.dtype, device)
     source = resolve_model(first.model)
@@ -80,7 +82,9 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
         base_parameters = sum(p.numel() for p in model.parameters())
         for config, data in zip(configs, datasets, strict=True):
             check_fit(config, model, [*data.examples, *data.held_out])
-        loss = TargetLoss.prepare(model, datasets[0].examples[0])
+        try_function(first, function, model)
+        trial = datasets[0].examples[0].rows[0]
+        loss = TargetLoss.prepare(model, trial, function=function)
         adapters = inject_all(
             model,
             [config.lora for config in configs],
@@ -88,6 +92,7 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
             [config.loop.seed for config in configs],
         )
         loss.routing = adapters[0].routing
+        objective, before = choose_objective(loss, configs, adapters)
         obstacle = _why_not_served(source)
         if obstacle:
             console.warn(f"lorax-serve will refuse this adapter, PEFT will not: {obstacle}")
@@ -97,7 +102,8 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
             )
             for adapter, data, config in zip(adapters, datasets, configs, strict=True)
         ]
-        trainer = Trainer(loss, runs, datasets[0].tokenizer.pad_id, [console])
+        listeners = [*before, console]
+        trainer = Trainer(objective, runs, datasets[0].tokenizer.pad_id, listeners)
         for config, run, data in zip(configs, runs, datasets, strict=True):
             show_plan(console, config, run, base_parameters, dtype)
             show_example(console, run.examples[0], data.tokenizer)

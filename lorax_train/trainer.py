@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from typing import Any
 
 import torch
 
 from lorax_train.batches import Share
 from lorax_train.encode import Example
-from lorax_train.loss import TargetLoss, mean_loss
+from lorax_train.loss import Objective, mean_loss
 from lorax_train.training_run import TrainingRun
 
 __all__ = ["Trainer", "TrainingListener"]
@@ -52,7 +53,7 @@ class Trainer:
 
     def __init__(
         self,
-        loss: TargetLoss,
+        loss: Objective,
         runs: Sequence[TrainingRun],
         pad_id: int,
         listeners: Sequence[TrainingListener] = (),
@@ -136,11 +137,11 @@ class Trainer:
         size = run.loop.batch_size
         starts = range(0, len(run.held_out), size)
 
-        def batch(examples: Sequence[Example]) -> object:
+        def batch(examples: Sequence[Example]) -> Any:
             return self.loss.collate([Share(run.adapter.index, examples)], self.pad_id)
 
         parts = (run.held_out[start : start + size] for start in starts)
-        run.evaluated(mean_loss(self.loss, map(batch, parts)))  # type: ignore[arg-type]
+        run.evaluated(mean_loss(self.loss, map(batch, parts)))
         self._tell(lambda listener: listener.evaluated(run, when))
         if run.record.stopped_early:
             self._tell(lambda listener: listener.stopped(run))

@@ -105,6 +105,10 @@ class TrainingRun:
         self.best: list[torch.Tensor] | None = None
         """The parameters at the lowest held-out loss, if that is what will be saved."""
         self.gradient_norm = 0.0
+        self.figures: dict[str, float] = {}
+        """Of the latest step, beside its loss: what an objective measures."""
+        self.eval_figures: dict[str, float] = {}
+        """The same of the latest evaluation."""
         self._steps = self._plan()
 
     @property
