@@ -26,7 +26,18 @@ from lorax_train.inject import TrainableLoRA, inject_all
 from lorax_train.loss import TargetLoss
 from lorax_train.objective import choose_function, choose_objective, try_function
 from lorax_train.probe import compute_probe
-from lorax_train.report import show_example, show_memory, show_plan, show_probe, show_serving
+from lorax_train.records.log import LOG_FILE, read_curves
+from lorax_train.records.page import Report
+from lorax_train.records.recording import check_recording, recorders, write_reports
+from lorax_train.records.summary import Summary, summarize
+from lorax_train.report import (
+    segments,
+    show_example,
+    show_memory,
+    show_plan,
+    show_probe,
+    show_serving,
+)
 from lorax_train.trainer import Trainer
 from lorax_train.training_run import TrainingRecord, TrainingRun
 
@@ -42,12 +53,14 @@ class TrainResult:
         adapter: the trained layers.
         record: steps, losses and times.
         directory: where the adapter was saved; None if it was interrupted before the first step.
+        summary: of the run, if it was saved.
     """
 
     model: PreTrainedModel
     adapter: TrainableLoRA
     record: TrainingRecord
     directory: Path | None
+    summary: Summary | None = None
 
 
 def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
@@ -71,6 +84,7 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
     first = configs[0]
     for config in configs:
         check_output(config.output)
+    check_recording(configs)
     function = choose_function(configs)
     device = choose_device(first.device)
     dtype = choose_dtype(first.dtype, device)
@@ -102,7 +116,7 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
             )
             for adapter, data, config in zip(adapters, datasets, configs, strict=True)
         ]
-        listeners = [*before, console]
+        listeners = [*before, console, *recorders(configs, console.warn)]
         trainer = Trainer(objective, runs, datasets[0].tokenizer.pad_id, listeners)
         for config, run, data in zip(configs, runs, datasets, strict=True):
             show_plan(console, config, run, base_parameters, dtype)
@@ -112,10 +126,18 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
         if not loss.head_on_targets:
             console.warn("this model's logits are not its head's alone, so all are computed: slow")
         trainer.train()
-    return [
-        _finish(console, config, model, run, data, fingerprint, served=obstacle is None)
+    served = obstacle is None
+    results = [
+        _finish(console, config, model, run, data, fingerprint, served=served)
         for config, run, data in zip(configs, runs, datasets, strict=True)
     ]
+    reports = [
+        _report(result.summary, run, data, served=served)
+        for config, run, data, result in zip(configs, runs, datasets, results, strict=True)
+        if config.output.report and result.summary is not None
+    ]
+    write_reports(reports, console.warn)
+    return results
 
 
 def _finish(
@@ -139,39 +161,37 @@ def _finish(
         probe = compute_probe(model, adapter, data.held_out or data.examples, saved, fingerprint)
         show_probe(console, probe)
         metadata |= probe.to_metadata()
-    _save(config, adapter, record, metadata)
+    summary = summarize(config, run, data.sha256, fingerprint)
+    _save(config, adapter, record, metadata, summary)
     _conclude(console, config, record, served=served)
-    return TrainResult(model, adapter, record, config.output.directory)
+    return TrainResult(model, adapter, record, config.output.directory, summary)
+
+
+def _report(summary: Summary, run: TrainingRun, data: Dataset, *, served: bool) -> Report:
+    example, cut = segments(run.examples[0], data.tokenizer)
+    curves = read_curves(summary.directory / LOG_FILE)
+    return Report(summary, curves, example, cut, served)
 
 
 def _save(
-    config: TrainConfig, adapter: TrainableLoRA, record: TrainingRecord, metadata: dict[str, str]
+    config: TrainConfig,
+    adapter: TrainableLoRA,
+    record: TrainingRecord,
+    metadata: dict[str, str],
+    summary: Summary,
 ) -> None:
-    eval_loss = f"{record.eval_losses[-1]:.6f}" if record.eval_losses else "none"
+    saved = summary.saved
     metadata = metadata | {
         "producer": f"lorax-train {__version__}",
         "base_model": config.model,
         "seed": str(config.loop.seed),
         "steps": str(record.steps),
+        "step": str(saved.step if saved else record.steps),  # of the weights in the file
         "train_loss": f"{record.train_loss:.6f}",
-        "eval_loss": eval_loss,
-    }
-    facts = {
-        "rank, alpha": f"{adapter.config.r}, {adapter.config.lora_alpha:g}",
-        "trained parameters": f"{adapter.n_parameters:,}",
-        "steps": str(record.steps) + (" (interrupted)" if record.interrupted else ""),
-        "tokens trained on": f"{record.tokens:,}",
-        "loss, latest steps": f"{record.train_loss:.4f}",
-        "held-out loss before": f"{record.eval_losses[0]:.4f}" if record.eval_losses else "none",
-        "held-out loss after": f"{record.eval_losses[-1]:.4f}" if record.eval_losses else "none",
-        "learning rate": f"{config.optimizer.lr:g} ({config.optimizer.schedule})",
-        "seed": str(config.loop.seed),
-        "data (SHA-256)": f"`{metadata['data_sha256']}`",
-        "producer": metadata["producer"],
+        "eval_loss": f"{saved.loss:.6f}" if saved else "none",
     }
     out = config.output
-    card = model_card(config.model, out.directory.resolve().name, facts)
-    export(adapter, out.directory, out.save_dtype, metadata, card)
+    export(adapter, out.directory, out.save_dtype, metadata, model_card(summary))
 
 
 def _why_not_served(source: Path) -> str | None:

@@ -131,6 +131,14 @@ class TrainingRun:
         """Of the next step."""
         return self.config.lr * lr_factor(self.config, self.record.steps + 1, self.total_steps)
 
+    @property
+    def saved_evaluation(self) -> Evaluation | None:
+        """Of the weights that ``take_best`` leaves; None if they were never evaluated."""
+        found = self.record.evaluations
+        if self.best is not None:
+            return min(reversed(found), key=lambda each: each.loss, default=None)
+        return found[-1] if found and found[-1].step == self.record.steps else None
+
     def next_step(self) -> list[list[Example]]:
         """The batches of the next optimizer step."""
         return next(self._steps)

@@ -173,8 +173,8 @@ def test_loss_and_gradient_are_those_of_plain_autograd(
     adapters = inject_all(model, settings, "tiny", [0, 1])
     generator = torch.Generator().manual_seed(1)
     for adapter in adapters:
-        for pair in adapter.pairs().values():
-            pair.b.data.normal_(std=0.05, generator=generator)
+        for own in adapter.pairs().values():
+            own.b.data.normal_(std=0.05, generator=generator)
     loss.routing = adapters[0].routing
     betas = {0: 0.1, 1: 0.7}
     shares = [Share(0, pairs[:5], 1 / 5), Share(1, pairs[5:8], 1 / 3)]
@@ -214,7 +214,9 @@ def test_loss_and_gradient_are_those_of_plain_autograd(
     torch.testing.assert_close(each, torch.tensor(expected_each), rtol=1e-4, atol=1e-5)
     assert max(map(abs, margins)) > 0.01  # the adapters do differ from the base
     for ours, theirs in zip(found, torch.autograd.grad(expected, parameters), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 + 1e-4 * theirs.abs().max())
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-3, atol=1e-5 + 1e-4 * float(theirs.abs().max())
+        )
 
     first = dpo.take_figures(0)
     assert first["reward_margin"] == pytest.approx(sum(margins[:5]) / 5, abs=1e-4)

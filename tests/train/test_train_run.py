@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,7 +136,7 @@ def test_the_files_say_where_they_come_from(
     assert float(header["train_loss"]) == pytest.approx(result.record.train_loss, abs=1e-6)
     assert float(header["eval_loss"]) == pytest.approx(result.record.eval_losses[-1], abs=1e-6)
     card = (config.output.directory / "README.md").read_text()
-    assert card.startswith(f"---\nbase_model: {json.dumps(str(llama))}\nlibrary_name: peft\n")
+    assert card.startswith("---\nlibrary_name: peft\n")  # the base is no model on the Hub
     assert f"| held-out loss after | {result.record.eval_losses[-1]:.4f} |" in card
 
 
