@@ -28,7 +28,12 @@ from lorax_train.objective import choose_function, choose_objective, try_functio
 from lorax_train.probe import compute_probe
 from lorax_train.records.log import LOG_FILE, read_curves
 from lorax_train.records.page import Report
-from lorax_train.records.recording import check_recording, recorders, write_reports
+from lorax_train.records.recording import (
+    REPORT_FILE,
+    check_recording,
+    recorders,
+    write_reports,
+)
 from lorax_train.records.summary import Summary, summarize
 from lorax_train.report import (
     segments,
@@ -137,6 +142,8 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
         if config.output.report and result.summary is not None
     ]
     write_reports(reports, console.warn)
+    for report in reports:
+        console.line(f"report in {report.summary.directory / REPORT_FILE}")
     return results
 
 

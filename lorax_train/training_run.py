@@ -135,8 +135,8 @@ class TrainingRun:
     def saved_evaluation(self) -> Evaluation | None:
         """Of the weights that ``take_best`` leaves; None if they were never evaluated."""
         found = self.record.evaluations
-        if self.best is not None:
-            return min(reversed(found), key=lambda each: each.loss, default=None)
+        if self._keeps_best:
+            return self._lowest
         return found[-1] if found and found[-1].step == self.record.steps else None
 
     def next_step(self) -> list[list[Example]]:
@@ -200,10 +200,22 @@ class TrainingRun:
 
     def take_best(self) -> None:
         """Put back the parameters of the lowest held-out loss, if they were kept."""
-        if self.best is not None:
+        if self._keeps_best and self.best is not None:
             with torch.no_grad():
                 for parameter, best in zip(self.parameters, self.best, strict=True):
                     parameter.copy_(best)
+
+    @property
+    def _keeps_best(self) -> bool:
+        """Not if that would lose all that was learned until Ctrl-C, for want of an evaluation."""
+        if self.best is None:
+            return False
+        return not self.record.interrupted or self._lowest.step > 0
+
+    @property
+    def _lowest(self) -> Evaluation:
+        """The latest of the evaluations with the lowest loss."""
+        return min(reversed(self.record.evaluations), key=lambda each: each.loss)
 
     def _groups(self) -> list[dict[str, object]]:
         """A and the rest apart: B may have a higher learning rate (LoRA+, arXiv:2402.12354)."""

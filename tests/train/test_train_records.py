@@ -546,3 +546,20 @@ def test_memory_is_told_where_there_is_no_proc(
     assert usage > 1 << 24
     monkeypatch.setitem(sys.modules, "resource", None)
     assert memory.peak_memory(cpu) is None
+
+
+def test_ctrl_c_before_an_evaluation_saves_what_was_learned_since_the_first_one(
+    llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
+) -> None:
+    class Impatient(Console):
+        def stepped(self, runs: Sequence[TrainingRun]) -> None:
+            if runs[0].record.steps == 2:
+                raise KeyboardInterrupt
+
+    data = DataConfig(write_rows(pairs), eval_split=0.25)
+    loop = LoopConfig(max_steps=9, batch_size=4, eval_every=5)
+    result = train(configure(llama, data, loop=loop), Impatient(io.StringIO()))
+    assert result.record.interrupted
+    assert all(pair.b.abs().max() > 0 for pair in result.adapter.pairs().values())
+    assert result.summary is not None
+    assert result.summary.saved is None  # the only evaluation was of other weights
