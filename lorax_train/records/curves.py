@@ -103,6 +103,7 @@ def to_svg(runs: Sequence[tuple[str, Curves]]) -> str:
     out += [
         f'<text x="{x(tick):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{tick:g}</text>'
         for tick in x_ticks
+        if tick == int(tick)
     ]
     out.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">step</text>')
     for i, (name, curves) in enumerate(runs):
