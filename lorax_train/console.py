@@ -52,18 +52,19 @@ class Console(TrainingListener):
         used = memory_used(runs[0].parameters[0].device)
         memory = [] if used is None else [size(used)]
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join([_losses(runs), speed, *memory]), refresh=False)
+            rates = [_rate(run) for run in runs] if len(runs) == 1 else []
+            text = ", ".join([_losses(runs), *rates, speed, *memory])
+            self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
             return
         for run in runs:
             step = run.record.steps
             if step % run.loop.log_every == 0 or step in (1, run.total_steps):
-                lr = run.optimizer.param_groups[0]["lr"]
                 parts = [
                     f"{_named(run)}step {step}/{run.total_steps}",
                     f"loss {run.record.train_loss:.3f}",
                     *_figures(run.figures),
-                    f"lr {lr:.1e}",
+                    _rate(run),
                     speed,
                     *memory,
                 ]
@@ -101,6 +102,10 @@ def _losses(runs: Sequence[TrainingRun]) -> str:
         parts.append(f"{run.name} {found}" if run.name and len(runs) > 1 else found)
     figures = _figures(runs[0].figures) if len(runs) == 1 else []
     return ", ".join(["loss " + "; ".join(parts), *figures])
+
+
+def _rate(run: TrainingRun) -> str:
+    return f"lr {run.optimizer.param_groups[0]['lr']:.1e}"
 
 
 def _figures(figures: Mapping[str, float]) -> list[str]:

@@ -7,13 +7,14 @@ T tokens (padding included) with K targets:
 - adapter: ``n * (8 + e)``, values and gradients in float32 and the copy cast for the products;
 - optimizer: ``n * 8``, Adam's two float32 moments;
 - activations: ``T *`` what autograd keeps for one token, which is measured on this model;
-- logits: with the head on targets only, those of a few targets at a time; else ``K * vocabulary *
-  (12 + 2 e)``: logits and their gradient in the base's dtype, and in float32 the logits, their
+- logits: of a few targets at a time, twice in float32, if the head is frozen and on targets only;
+  else ``vocabulary * (12 + 2 e)`` for each token, or, with a trained head, for each of a few
+  targets: logits and their gradient in the base's dtype, and in float32 the logits, their
   log-softmax and its gradient.
 
-Not counted: torch itself, the temporary tensors of single operations, and what the allocator
-wastes. On a CPU, with smollm2-135m, the latter two were 0.3 to 0.4 GB for batches of 200 and of
-2048 tokens alike.
+Not counted: torch itself, the temporary tensors of single operations, the one layer that is
+computed again with ``--checkpointing``, and what the allocator wastes. On a CPU, with smollm2-135m,
+the temporary tensors and the waste were 0.3 to 0.4 GB for batches of 200 and of 2048 tokens alike.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lorax_train.base import vocabulary_size
+from lorax_train.batches import by_length
 from lorax_train.encode import Example
-from lorax_train.head import PIECE
-from lorax_train.loss import TargetLoss
+from lorax_train.head import piece
+from lorax_train.loss import CHUNK, TargetLoss
 from lorax_train.training_run import TrainingRun
 
 __all__ = ["MemoryEstimate", "available_memory", "estimate"]
@@ -64,7 +66,7 @@ def estimate(
     largest = [
         row
         for run in runs
-        for example in sorted(run.examples, key=lambda e: len(e.tokens))[-run.loop.batch_size :]
+        for example in by_length(run.examples)[-run.loop.batch_size :]
         for row in example.rows
     ]
     largest.sort(key=lambda example: len(example.tokens))
@@ -79,10 +81,13 @@ def estimate(
         if id(tensor) not in trained
     }
     size = model.dtype.itemsize
-    if loss.head_on_targets:
-        logits = 2 * 4 * max(PIECE, 16 * vocabulary)
-    else:
+    targets = sum(example.n_targets for example in largest)
+    if not loss.head_on_targets:
         logits = tokens * vocabulary * (12 + 2 * size)
+    elif loss.head_is_frozen:
+        logits = 2 * 4 * vocabulary * min(targets, piece(vocabulary))
+    else:
+        logits = min(targets, CHUNK) * vocabulary * (12 + 2 * size)
     return MemoryEstimate(
         weights=sum(storages.values()),
         adapter=n_trained * (8 + size),

@@ -14,6 +14,7 @@ from lorax_serve.adapter import CONFIG_FILE, match_weights, read, save
 from lorax_serve.errors import AdapterRejected, TrainingError
 from lorax_train.config import OutputConfig, SaveDtype
 from lorax_train.inject import TrainableLoRA
+from lorax_train.portable import portable
 from lorax_train.records.files import write_whole
 from lorax_train.records.log import LOG_FILE
 from lorax_train.records.summary import Summary
@@ -51,6 +52,8 @@ def export(
     dtype: SaveDtype,
     metadata: dict[str, str],
     card: str,
+    *,
+    as_portable: bool = False,
 ) -> None:
     """Write config, weights and model card, and read them back with the server's reader.
 
@@ -60,13 +63,22 @@ def export(
         dtype: of A and B in the file.
         metadata: strings for the header of the weights file.
         card: the text of ``README.md``.
+        as_portable: whether to write the form of ``portable.portable``.
 
     Raises:
         TrainingError: when the files cannot be written, or the server's reader refuses them.
     """
-    tensors = adapter.tensors(torch.float32 if dtype == "float32" else torch.bfloat16)
+    saved = torch.float32 if dtype == "float32" else torch.bfloat16
+    config = adapter.config
+    if as_portable:
+        exact = adapter.tensors(torch.float32)
+        weights = match_weights(config, exact, adapter.shapes)
+        config, exact = portable(config, weights, adapter.shapes)
+        tensors = {name: tensor.to(saved) for name, tensor in exact.items()}
+    else:
+        tensors = adapter.tensors(saved)
     try:
-        save(directory, adapter.config, tensors, metadata)
+        save(directory, config, tensors, metadata)
         write_whole(directory / "README.md", card.encode())
     except OSError as error:
         raise TrainingError(f"--out {directory} cannot be written: {error.strerror}") from error

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from lorax_serve.errors import TrainingError
 from lorax_train.base import vocabulary_size
 from lorax_train.config import TrainConfig
 from lorax_train.custom_loss import load_loss, try_loss
@@ -18,23 +17,14 @@ from lorax_train.trainer import TrainingListener
 __all__ = ["choose_function", "choose_objective", "try_function"]
 
 
-def choose_function(configs: Sequence[TrainConfig]) -> LossFunction:
+def choose_function(config: TrainConfig) -> LossFunction:
     """The loss of each token: the cross-entropy, or what ``--loss`` names.
 
     Raises:
-        TrainingError: when there is no such function, or the adapters' objectives differ: all are
-            computed in one pass.
+        TrainingError: when there is no such function.
     """
-    first = configs[0].objective
-    for config in configs[1:]:
-        own = config.objective
-        if (own.name, own.loss) != (first.name, first.loss):
-            raise TrainingError(
-                f"adapters that are trained at once need one objective: {_named(configs[0])} has "
-                f"{_described(configs[0])}, {_named(config)} has {_described(config)}; train them "
-                "one after another"
-            )
-    return cross_entropy if first.loss is None else load_loss(first.loss)
+    where = config.objective.loss
+    return cross_entropy if where is None else load_loss(where)
 
 
 def try_function(config: TrainConfig, function: LossFunction, model: PreTrainedModel) -> None:
@@ -59,12 +49,3 @@ def choose_objective(
     }
     preference = PreferenceLoss(loss, betas)
     return preference, [PreferenceFigures(preference)]
-
-
-def _named(config: TrainConfig) -> str:
-    return config.name or config.output.directory.name
-
-
-def _described(config: TrainConfig) -> str:
-    loss = config.objective.loss
-    return f"--objective {config.objective.name}" + (f" --loss {loss}" if loss else "")

@@ -1,50 +1,19 @@
-"""Rows of preferences: a prompt, an answer to prefer, and one to avoid."""
+"""Rows of preferences to pairs of token ids: an answer to prefer, and one to avoid."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from lorax_serve.errors import TrainingError
 from lorax_train.base import Tokenizer
-from lorax_train.encode import Example, encode_rows
-from lorax_train.rows import (
-    Message,
-    Messages,
-    PromptCompletion,
-    Row,
-    check_messages,
-    check_string,
-    read_objects,
-)
+from lorax_train.content import Messages, Preference
+from lorax_train.encode import Encoder, Example, render
+from lorax_train.rows import Row
 
-__all__ = ["PreferencePair", "PreferenceRow", "encode_preferences", "read_preferences"]
+__all__ = ["PreferenceEncoder", "PreferencePair", "encode_preferences"]
 
-_FIELDS = ("prompt", "chosen", "rejected")
 _UNLIMITED = 1 << 62
-
-
-@dataclass(frozen=True, slots=True)
-class PreferenceRow:
-    """One line of a file: the prompt with either answer.
-
-    Attributes:
-        where: names it in messages.
-        chosen, rejected: the prompt and the answer.
-        prompt: its messages, of which earlier answers are read and not compared; empty where the
-            prompt is a string.
-    """
-
-    where: str
-    chosen: Row
-    rejected: Row
-    prompt: tuple[Message, ...] = ()
-
-    @property
-    def content(self) -> object:
-        """The chosen answer's; the other has the same form."""
-        return self.chosen.content
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,108 +49,93 @@ class PreferencePair(Example):
         return 1
 
 
-def read_preferences(path: Path) -> list[PreferenceRow]:
-    """Read a JSONL file whose rows have ``prompt``, ``chosen`` and ``rejected``: three strings, or
-    three lists of messages. Answers are then the messages that follow the prompt's.
+class PreferenceEncoder:
+    """Turns rows of preferences into pairs one at a time, and counts what it leaves out.
 
-    Raises:
-        TrainingError: naming the file, the line and what is wrong with it.
+    What is compared is what follows the prompt. A pair of which either row is longer than
+    ``max_length`` is left out.
+
+    Args:
+        tokenizer: of the base model.
+        max_length: most tokens in an answer with its prompt.
     """
-    rows: list[PreferenceRow] = []
-    for where, row in read_objects(path):
-        if sorted(row) != sorted(_FIELDS):
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._answers = Encoder(tokenizer, _UNLIMITED)
+        self._rows = self._left_out = self._longest = 0
+
+    def encode(self, row: Row) -> PreferencePair | None:
+        """The pair as the model sees it; None if it is left out.
+
+        Raises:
+            TrainingError: naming the row, when it is no preference, an answer is empty, or its chat
+                template cannot be masked.
+        """
+        content = row.content
+        if not isinstance(content, Preference):
             raise TrainingError(
-                f"{where}: found the keys {{{', '.join(map(repr, sorted(row)))}}}; for --objective "
-                'dpo a row must have exactly {"prompt", "chosen", "rejected"}'
+                f"{row.where}: no row of preferences; for --objective dpo a row must have exactly "
+                '{"prompt", "chosen", "rejected"}'
             )
-        if all(isinstance(row[key], str) for key in _FIELDS):
-            parsed = _of_strings(where, row)
-        elif all(isinstance(row[key], list) for key in _FIELDS):
-            parsed = _of_messages(where, row)
-        else:
-            found = ", ".join(f"{key} is {type(row[key]).__name__}" for key in _FIELDS)
-            raise TrainingError(
-                f"{where}: prompt, chosen and rejected must be three strings, or three lists of "
-                f"messages; {found}"
-            )
-        if rows and type(parsed.content) is not type(rows[0].content):
-            raise TrainingError(
-                f"{where}: another format than {rows[0].where}; a file's rows must all be strings "
-                "or all be lists of messages"
-            )
-        if row["chosen"] == row["rejected"]:
-            raise TrainingError(f"{where}: chosen and rejected are the same; take the row out")
-        rows.append(parsed)
-    return rows
-
-
-def encode_preferences(
-    rows: Sequence[PreferenceRow], tokenizer: Tokenizer, max_length: int
-) -> tuple[list[PreferencePair], list[str]]:
-    """Encode pairs of answers. What is compared is what follows the prompt.
-
-    A pair of which either row is longer than ``max_length`` is left out.
-
-    Returns:
-        The pairs, and warnings to show.
-
-    Raises:
-        TrainingError: as ``encode_rows``.
-    """
-    chosen, warnings = encode_rows([row.chosen for row in rows], tokenizer, _UNLIMITED)
-    rejected, more = encode_rows([row.rejected for row in rows], tokenizer, _UNLIMITED)
-    warnings += [warning for warning in more if warning not in warnings]
-    pairs = []
-    longest = 0
-    for row, *answers in zip(rows, chosen, rejected, strict=True):
-        lengths = [len(answer.tokens) for answer in answers]
-        longest = max(longest, *lengths)
-        if max(lengths) > max_length:
-            continue
-        messages = [(message.role, message.content) for message in row.prompt]
-        start = len(tokenizer.render(messages, answer=True)) if messages else 0
+        answers = []
+        for answer in (content.chosen, content.rejected):
+            example = self._answers.encode(Row(row.where, answer))
+            assert example is not None  # nothing is too long
+            answers.append(example)
+        chosen, rejected = answers
+        longest = max(len(answer.tokens) for answer in answers)
+        self._rows += 1
+        self._longest = max(self._longest, longest)
+        if longest > self._max_length:
+            self._left_out += 1
+            return None
+        start = self._prompt_length(row.where, content)
         learned = [
-            (*[False] * min(start, n), *answer.trained[start:])
-            for answer, n in zip(answers, lengths, strict=True)
+            (*[False] * start, *each.trained[start:])[: len(each.tokens)] for each in answers
         ]
         if not all(map(any, learned)):
             raise TrainingError(f"{row.where}: an answer has no token to learn: it is empty")
-        tokens = answers[0].tokens + answers[1].tokens
-        pairs.append(PreferencePair(tokens, learned[0] + learned[1], row.where, lengths[0]))
-    if not pairs:
-        raise TrainingError(
-            f"every row is longer than --max-length {max_length} tokens (the longest answer with "
-            f"its prompt has {longest}); raise --max-length or shorten the rows"
+        return PreferencePair(
+            chosen.tokens + rejected.tokens,
+            learned[0] + learned[1],
+            row.where,
+            chosen_length=len(chosen.tokens),
         )
-    if left := len(rows) - len(pairs):
-        warnings.append(
-            f"{left} of {len(rows)} rows were left out: an answer with its prompt is longer than "
-            f"--max-length {max_length} tokens"
-        )
-    return pairs, warnings
+
+    def finish(self) -> list[str]:
+        """What to warn of, once all rows are encoded.
+
+        Raises:
+            TrainingError: no pair was short enough.
+        """
+        limit = self._max_length
+        if self._rows == self._left_out:
+            raise TrainingError(
+                f"every row is longer than --max-length {limit} tokens (the longest answer with "
+                f"its prompt has {self._longest}); raise --max-length or shorten the rows"
+            )
+        warnings = self._answers.finish()
+        if self._left_out:
+            warnings.append(
+                f"{self._left_out} of {self._rows} rows were left out: an answer with its prompt "
+                f"is longer than --max-length {limit} tokens"
+            )
+        return warnings
+
+    def _prompt_length(self, where: str, content: Preference) -> int:
+        """Tokens of a prompt of messages; a string is never learned anyway."""
+        if not isinstance(content.chosen, Messages) or not content.prompt:
+            return 0
+        count = len(content.prompt)
+        return len(render(where, content.chosen, count, self._tokenizer, answer=True))
 
 
-def _of_strings(where: str, row: Mapping[str, object]) -> PreferenceRow:
-    prompt, chosen, rejected = (check_string(where, row, key) for key in _FIELDS)
-    return PreferenceRow(
-        where,
-        Row(where, PromptCompletion(prompt, chosen)),
-        Row(where, PromptCompletion(prompt, rejected)),
-    )
-
-
-def _of_messages(where: str, row: Mapping[str, object]) -> PreferenceRow:
-    prompt, chosen, rejected = (check_messages(where, key, row[key]) for key in _FIELDS)
-    for key, answer in (("chosen", chosen), ("rejected", rejected)):
-        if not answer or answer[-1].role != "assistant":
-            raise TrainingError(f"{where}: {key} must end with an assistant message")
-    if prompt and prompt[-1].role == "assistant":
-        raise TrainingError(
-            f"{where}: prompt ends with an assistant message; move it into chosen and rejected"
-        )
-    return PreferenceRow(
-        where,
-        Row(where, Messages(prompt + chosen)),
-        Row(where, Messages(prompt + rejected)),
-        prompt,
-    )
+def encode_preferences(
+    rows: Iterable[Row], tokenizer: Tokenizer, max_length: int
+) -> tuple[list[PreferencePair], list[str]]:
+    """All rows' pairs in memory, and what to warn of; see ``PreferenceEncoder``."""
+    encoder = PreferenceEncoder(tokenizer, max_length)
+    pairs = [pair for row in rows if (pair := encoder.encode(row)) is not None]
+    return pairs, encoder.finish()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from lorax_serve.errors import TrainingError
 from lorax_train.batches import Batch, Share
-from lorax_train.inject import Routing
+from lorax_train.layers import Routing
 from lorax_train.lora import Span
 from lorax_train.loss import TargetLoss, cross_entropy
 from lorax_train.preference import PreferencePair

@@ -11,6 +11,7 @@ import torch
 
 from lorax_serve.adapter.probe import Probe
 from lorax_train.base import Tokenizer
+from lorax_train.batches import count_targets, lengths
 from lorax_train.config import TrainConfig
 from lorax_train.console import Console, size
 from lorax_train.encode import Example
@@ -44,15 +45,16 @@ def show_plan(
     total = n + base_parameters
     file_bytes = n * (4 if config.output.save_dtype == "float32" else 2)
     lora, loop = adapter.config, config.loop
-    tokens = sum(len(example.tokens) for example in run.examples)
-    targets = sum(sum(example.trained) for example in run.examples)
+    tokens = int(lengths(run.examples).sum())
+    targets = count_targets(run.examples)
     rows = f"{len(run.examples)} to train on"
     rows += f", {len(run.held_out)} held out" if run.held_out else ""
     device = run.parameters[0].device.type
+    named = f"{config.name}: " if config.name else ""
     scale = adapter.config.scale_for(next(iter(adapter.layers)))
     console.line(f"model      {config.model} ({str(dtype).removeprefix('torch.')} on {device})")
     console.line(
-        f"adapter    rank {lora.r}, alpha {lora.lora_alpha:g}, scale {scale:g}, on "
+        f"adapter    {named}rank {lora.r}, alpha {lora.lora_alpha:g}, scale {scale:g}, on "
         f"{len(adapter.layers)} modules: {', '.join(_shorten(lora.target_modules))}"
     )
     console.line(f"parameters {n:,} trainable of {total:,} ({n / total:.2%}), {size(file_bytes)}")

@@ -17,14 +17,16 @@ from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.source import resolve_model
 from lorax_train.base import choose_device, choose_dtype, load_model
-from lorax_train.config import TrainConfig
+from lorax_train.checkpointing import checkpoint_layers
+from lorax_train.config import TrainConfig, check_together
 from lorax_train.console import Console, size
-from lorax_train.dataset import Dataset, check_fit, prepare
+from lorax_train.dataset import Dataset, check_files, check_fit, prepare
 from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
-from lorax_train.inject import TrainableLoRA, inject_all
+from lorax_train.inject import TrainableLoRA, inject_all, tied_targets
 from lorax_train.loss import TargetLoss
 from lorax_train.objective import choose_function, choose_objective, try_function
+from lorax_train.portable import check_portable
 from lorax_train.probe import compute_probe
 from lorax_train.records.log import LOG_FILE, read_curves
 from lorax_train.records.page import Report
@@ -43,6 +45,7 @@ from lorax_train.report import (
     show_probe,
     show_serving,
 )
+from lorax_train.token_store import TokenStore
 from lorax_train.trainer import Trainer
 from lorax_train.training_run import TrainingRecord, TrainingRun
 
@@ -73,13 +76,16 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     return train_all([config], console)[0]
 
 
-def train_all(configs: Sequence[TrainConfig], console: Console | None = None) -> list[TrainResult]:
+def train_all(
+    configs: Sequence[TrainConfig], console: Console | None = None, *, dry_run: bool = False
+) -> list[TrainResult]:
     """Train adapters on one base model, all at once, and save them; whatever can be checked is
     checked before the model is loaded.
 
     Args:
-        configs: of each adapter. Model, device and dtype are the first one's.
+        configs: of each adapter; all have the same model, device and dtype.
         console: what is said goes there; default: to stderr.
+        dry_run: do everything but the training, and return nothing.
 
     Raises:
         TrainingError: when data or settings cannot work, naming the row, flag or tensor.
@@ -87,20 +93,29 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
     """
     console = console or Console(sys.stderr)
     first = configs[0]
+    check_together(configs)
     for config in configs:
-        check_output(config.output)
+        with _naming(config):
+            check_output(config.output)
+            check_files(config.data)
     check_recording(configs)
-    function = choose_function(configs)
+    function = choose_function(first)
     device = choose_device(first.device)
     dtype = choose_dtype(first.dtype, device)
     source = resolve_model(first.model)
-    datasets = [prepare(config, source, console) for config in configs]
+    datasets = []
+    stores: dict[str, TokenStore] = {}
+    for config in configs:
+        with _naming(config):
+            datasets.append(prepare(config, source, console, stores))
     fingerprint = _fingerprint(source, console)
     with _out_of_memory_explained():
         model = load_model(first.model, source, dtype, device)
         base_parameters = sum(p.numel() for p in model.parameters())
         for config, data in zip(configs, datasets, strict=True):
-            check_fit(config, model, [*data.examples, *data.held_out])
+            for examples in filter(None, (data.examples, data.held_out)):
+                with _naming(config):
+                    check_fit(config, model, examples)
         try_function(first, function, model)
         trial = datasets[0].examples[0].rows[0]
         loss = TargetLoss.prepare(model, trial, function=function)
@@ -110,8 +125,18 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
             first.model,
             [config.loop.seed for config in configs],
         )
+        for config, adapter in zip(configs, adapters, strict=True):
+            if config.output.portable:
+                check_portable(adapter.config, adapter.layers, adapter.shapes)
         loss.routing = adapters[0].routing
         objective, before = choose_objective(loss, configs, adapters)
+        if any(config.loop.checkpointing for config in configs):
+            checkpoint_layers(model, loss.routing)
+        for tied in dict.fromkeys(path for each in adapters for path in tied_targets(model, each)):
+            console.warn(
+                f"{tied} shares its weight with another module, which this adapter leaves alone; "
+                "merging it into the base would change both"
+            )
         obstacle = _why_not_served(source)
         if obstacle:
             console.warn(f"lorax-serve will refuse this adapter, PEFT will not: {obstacle}")
@@ -130,6 +155,9 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
         show_memory(console, need, available_memory(device))
         if not loss.head_on_targets:
             console.warn("this model's logits are not its head's alone, so all are computed: slow")
+        if dry_run:
+            console.line("dry run: nothing was trained")
+            return []
         trainer.train()
     served = obstacle is None
     results = [
@@ -169,8 +197,8 @@ def _finish(
         show_probe(console, probe)
         metadata |= probe.to_metadata()
     summary = summarize(config, run, data.sha256, fingerprint)
-    _save(config, adapter, record, metadata, summary)
-    _conclude(console, config, record, served=served)
+    _save(config, run, metadata, summary)
+    _conclude(console, config, run, served=served)
     return TrainResult(model, adapter, record, config.output.directory, summary)
 
 
@@ -181,24 +209,20 @@ def _report(summary: Summary, run: TrainingRun, data: Dataset, *, served: bool) 
 
 
 def _save(
-    config: TrainConfig,
-    adapter: TrainableLoRA,
-    record: TrainingRecord,
-    metadata: dict[str, str],
-    summary: Summary,
+    config: TrainConfig, run: TrainingRun, metadata: dict[str, str], summary: Summary
 ) -> None:
-    saved = summary.saved
+    record, kept = run.record, run.kept
     metadata = metadata | {
         "producer": f"lorax-train {__version__}",
         "base_model": config.model,
         "seed": str(config.loop.seed),
         "steps": str(record.steps),
-        "step": str(saved.step if saved else record.steps),  # of the weights in the file
+        "step": str(kept.step if kept else record.steps),  # of the weights in the file
         "train_loss": f"{record.train_loss:.6f}",
-        "eval_loss": f"{saved.loss:.6f}" if saved else "none",
+        "eval_loss": f"{kept.loss:.6f}" if kept else "none",
     }
-    out = config.output
-    export(adapter, out.directory, out.save_dtype, metadata, model_card(summary))
+    out, card = config.output, model_card(summary)
+    export(run.adapter, out.directory, out.save_dtype, metadata, card, as_portable=out.portable)
 
 
 def _why_not_served(source: Path) -> str | None:
@@ -219,19 +243,34 @@ def _fingerprint(source: Path, console: Console) -> str | None:
         return None
 
 
-def _conclude(
-    console: Console, config: TrainConfig, record: TrainingRecord, *, served: bool
-) -> None:
-    held_out = f", held-out {record.eval_losses[-1]:.4f}" if record.eval_losses else ""
+def _conclude(console: Console, config: TrainConfig, run: TrainingRun, *, served: bool) -> None:
+    record, kept = run.record, run.kept
+    held_out = f", held-out {kept.loss:.4f}" if kept else ""
     done = "interrupted; saved what there is:" if record.interrupted else "done:"
     n_bytes = sum(path.stat().st_size for path in config.output.directory.glob("*.safetensors"))
     console.line(
         f"{done} {record.steps} steps in {record.seconds:.1f} s, "
         f"{record.tokens_per_second:.0f} tokens/s; loss {record.train_loss:.4f}{held_out}"
     )
+    if kept and kept.step < record.steps:
+        console.line(
+            f"the adapter is that of step {kept.step}, whose held-out loss is the lowest "
+            "(--no-keep-best saves the last)"
+        )
     console.line(f"adapter in {config.output.directory} ({size(n_bytes)})")
     if served:
         show_serving(console, config.model, config.output.directory)
+
+
+@contextmanager
+def _naming(config: TrainConfig) -> Iterator[None]:
+    """Say in an error whose it is, where several adapters are trained."""
+    try:
+        yield
+    except TrainingError as error:
+        if not config.name:
+            raise
+        raise TrainingError(f"{config.name}: {error}") from error
 
 
 @contextmanager

@@ -8,14 +8,12 @@ its own targets, so that it learns what it would learn alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any
 
 import torch
 
 from lorax_train.batches import Share
-from lorax_train.encode import Example
 from lorax_train.loss import Objective, mean_loss
 from lorax_train.training_run import TrainingRun
 
@@ -74,10 +72,12 @@ class Trainer:
             for run in self.runs:
                 if not run.record.steps:
                     self._evaluate(run, "before training")
-            self._tell(lambda listener: listener.started(self.runs))
+            for listener in self.listeners:
+                listener.started(self.runs)
             while active := [run for run in self.runs if not run.done]:
                 self._step(active)
-                self._tell(lambda listener, runs=active: listener.stepped(runs))  # type: ignore[misc]
+                for listener in self.listeners:
+                    listener.stepped(active)
                 for run in active:
                     self._evaluate_if_due(run)
         except KeyboardInterrupt:
@@ -85,7 +85,8 @@ class Trainer:
             for run in self.runs:
                 run.record.interrupted = not run.done
         finally:
-            self._tell(lambda listener: listener.ended(self.runs))
+            for listener in self.listeners:
+                listener.ended(self.runs)
         for run in self.runs:
             run.take_best()
 
@@ -135,17 +136,13 @@ class Trainer:
             return
         run.adapter.train(False)
         size = run.loop.batch_size
-        starts = range(0, len(run.held_out), size)
-
-        def batch(examples: Sequence[Example]) -> Any:
-            return self.loss.collate([Share(run.adapter.index, examples)], self.pad_id)
-
-        parts = (run.held_out[start : start + size] for start in starts)
-        run.evaluated(mean_loss(self.loss, map(batch, parts)))
-        self._tell(lambda listener: listener.evaluated(run, when))
-        if run.record.stopped_early:
-            self._tell(lambda listener: listener.stopped(run))
-
-    def _tell(self, what: Callable[[TrainingListener], None]) -> None:
+        shares = (
+            Share(run.adapter.index, run.held_out[start : start + size])
+            for start in range(0, len(run.held_out), size)
+        )
+        batches = (self.loss.collate([share], self.pad_id) for share in shares)
+        run.evaluated(mean_loss(self.loss, batches))
         for listener in self.listeners:
-            what(listener)
+            listener.evaluated(run, when)
+            if run.record.stopped_early:
+                listener.stopped(run)

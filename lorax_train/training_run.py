@@ -12,10 +12,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from lorax_serve.errors import TrainingError
-from lorax_train.batches import plan_epoch
+from lorax_train.batches import by_length, plan_epoch
 from lorax_train.config import LoopConfig, OptimizerConfig
 from lorax_train.encode import Example
 from lorax_train.inject import TrainableLoRA
+from lorax_train.windows import RandomWindows
 
 __all__ = ["Evaluation", "TrainingRecord", "TrainingRun", "lr_factor"]
 
@@ -91,7 +92,7 @@ class TrainingRun:
     ) -> None:
         self.adapter = adapter
         self.examples = examples
-        self.held_out = sorted(held_out, key=lambda example: len(example.tokens))
+        self.held_out = by_length(held_out)
         self.config = optimizer
         self.loop = loop
         self.name = name
@@ -132,7 +133,7 @@ class TrainingRun:
         return self.config.lr * lr_factor(self.config, self.record.steps + 1, self.total_steps)
 
     @property
-    def saved_evaluation(self) -> Evaluation | None:
+    def kept(self) -> Evaluation | None:
         """Of the weights that ``take_best`` leaves; None if they were never evaluated."""
         found = self.record.evaluations
         if self._keeps_best:
@@ -219,14 +220,14 @@ class TrainingRun:
 
     def _groups(self) -> list[dict[str, object]]:
         """A and the rest apart: B may have a higher learning rate (LoRA+, arXiv:2402.12354)."""
-        pairs = self.adapter.pairs().values()
-        a = [pair.a for pair in pairs]
-        chosen = set(map(id, a))
-        rest = [p for p in self.parameters if id(p) not in chosen]
+        a = {id(pair.a) for pair in self.adapter.pairs().values()}
         lr = self.config.lr
         return [
-            {"params": a, "highest": lr},
-            {"params": rest, "highest": lr * self.config.loraplus_ratio},
+            {"params": [p for p in self.parameters if id(p) in a], "highest": lr},
+            {
+                "params": [p for p in self.parameters if id(p) not in a],
+                "highest": lr * self.config.loraplus_ratio,
+            },
         ]
 
     def _plan(self) -> Iterator[list[list[Example]]]:
@@ -235,7 +236,10 @@ class TrainingRun:
         epoch, skipped = divmod(self.record.steps, self.steps_per_epoch)
         while True:
             rng = random.Random(f"order {self.loop.seed} {epoch}")
-            plan = plan_epoch(self.examples, self.loop.batch_size, self.loop.grad_accumulation, rng)
+            examples = self.examples
+            if isinstance(examples, RandomWindows):
+                examples = examples.of_epoch(epoch)
+            plan = plan_epoch(examples, self.loop.batch_size, self.loop.grad_accumulation, rng)
             for number, step in enumerate(plan):
                 if number >= skipped:
                     yield step

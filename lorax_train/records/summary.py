@@ -59,7 +59,7 @@ def summarize(
         sha256: of the training file.
         fingerprint: of the base's weights, if it has one.
     """
-    record, adapter, saved = run.record, run.adapter, run.saved_evaluation
+    record, adapter, saved = run.record, run.adapter, run.kept
     directory = config.output.directory
     steps = f"{record.steps} of {run.total_steps}" if record.stopped_early else str(record.steps)
     ended = " (interrupted)" if record.interrupted else ""
@@ -75,10 +75,8 @@ def summarize(
         "peak memory": "unknown" if peak is None else size(peak),
         "loss, latest steps": f"{record.train_loss:.4f}",
         "held-out loss before": f"{record.eval_losses[0]:.4f}" if record.eval_losses else "none",
-        "held-out loss after": f"{saved.loss:.4f}" if saved else "none",
+        "held-out loss after": f"{saved.loss:.4f} (step {saved.step})" if saved else "none",
     }
-    if saved and saved.step != record.steps:
-        figures["saved weights"] = f"of step {saved.step}, where the held-out loss was lowest"
     for prefix, values in (("latest", run.figures), ("held-out", run.eval_figures)):
         figures |= {f"{prefix} {k.replace('_', ' ')}": f"{v:.4f}" for k, v in values.items()}
     return Summary(

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lorax_serve.adapter import read
 from lorax_serve.errors import TrainingError
 from lorax_train.base import Tokenizer, load_model
-from lorax_train.batches import Share
-from lorax_train.cli import parse
+from lorax_train.batches import Share, count_targets, longest_row
+from lorax_train.cli import main, parse
 from lorax_train.config import (
     DataConfig,
     InjectionConfig,
@@ -22,11 +23,13 @@ from lorax_train.config import (
     TrainConfig,
 )
 from lorax_train.console import Console
+from lorax_train.dataset import prepare
 from lorax_train.encode import Example
 from lorax_train.inject import inject_all
 from lorax_train.loss import TargetLoss
-from lorax_train.preference import PreferencePair, encode_preferences, read_preferences
+from lorax_train.preference import PreferencePair, encode_preferences
 from lorax_train.preference_loss import PreferenceLoss
+from lorax_train.rows import read_rows
 from lorax_train.run import train, train_all
 
 CPU = torch.device("cpu")
@@ -57,7 +60,7 @@ def preferences() -> Rows:
 
 
 def encoded(path: Path, tokenizer: Tokenizer) -> list[PreferencePair]:
-    return encode_preferences(read_preferences(path), tokenizer, 100)[0]
+    return encode_preferences(read_rows(path), tokenizer, 100)[0]
 
 
 def learned(example: Example, tokenizer: Tokenizer) -> str:
@@ -92,7 +95,7 @@ def test_a_pair_too_long_is_left_out_whole(write_rows: WriteRows, tokenizer: Tok
         {"prompt": "p", "chosen": "c", "rejected": "r" * 50},
         {"prompt": "p", "chosen": "c", "rejected": "r"},
     ]
-    read = read_preferences(write_rows(rows))
+    read = list(read_rows(write_rows(rows)))
     pairs, warnings = encode_preferences(read, tokenizer, 20)
     assert [pair.where[-6:] for pair in pairs] == ["line 2"]
     assert len(warnings) == 1
@@ -104,7 +107,7 @@ def test_a_pair_too_long_is_left_out_whole(write_rows: WriteRows, tokenizer: Tok
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "chosen": "c"}, "for --objective dpo a row must have exactly"),
+        ({"prompt": "p", "chosen": "c"}, "a row must have exactly .* for --objective dpo"),
         ({"prompt": "p", "chosen": "c", "rejected": 1}, "rejected is int"),
         ({"prompt": "p", "chosen": "c", "rejected": "c"}, "are the same; take the row out"),
         ({"prompt": "p", "chosen": [assistant("c")], "rejected": "r"}, "chosen is list"),
@@ -127,7 +130,7 @@ def test_a_row_that_is_no_preference_is_refused(
 ) -> None:
     good = {"prompt": "p", "chosen": "c", "rejected": "r"}
     with pytest.raises(TrainingError, match=message) as caught:
-        read_preferences(write_rows([good, row]))
+        list(read_rows(write_rows([good, row])))
     assert "rows.jsonl line 2: " in str(caught.value)
 
 
@@ -137,7 +140,7 @@ def test_strings_and_messages_in_one_file_are_refused(write_rows: WriteRows) -> 
         {"prompt": [user("p")], "chosen": [assistant("c")], "rejected": [assistant("r")]},
     ]
     with pytest.raises(TrainingError, match=r"line 2: another format than .* line 1"):
-        read_preferences(write_rows(rows))
+        list(read_rows(write_rows(rows)))
 
 
 def test_preferences_without_the_objective_are_refused(
@@ -145,6 +148,63 @@ def test_preferences_without_the_objective_are_refused(
 ) -> None:
     with pytest.raises(TrainingError, match="line 1: a row of preferences; add --objective dpo"):
         train(configure(llama, write_rows(preferences)), silent())
+
+
+def test_other_rows_with_the_objective_are_refused(
+    llama: Path, tmp_path: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
+) -> None:
+    with pytest.raises(TrainingError, match="line 1: no row of preferences; for --objective dpo"):
+        train(configure(llama, write_rows(pairs), objective=DPO), silent())
+    text = tmp_path / "a.txt"
+    text.write_text("abc " * 400)
+    data = DataConfig(text, text_mode="windows")
+    with pytest.raises(TrainingError, match="--text-mode windows reads text, but --objective dpo"):
+        train(configure(llama, data, objective=DPO), silent())
+
+
+def test_stored_pairs_are_what_was_encoded(
+    llama: Path,
+    tmp_path: Path,
+    configure: Configure,
+    write_rows: WriteRows,
+    preferences: Rows,
+    tokenizer: Tokenizer,
+) -> None:
+    path = write_rows(preferences)
+    expected = encoded(path, tokenizer)
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        config = configure(llama, DataConfig(path, cache=cache), objective=DPO)
+        stored = prepare(config, llama, silent()).examples
+        assert list(stored) == expected
+        assert all(isinstance(pair, PreferencePair) for pair in stored)
+        assert count_targets(stored) == count_targets(expected)
+        longest = max(len(row.tokens) for pair in expected for row in pair.rows)
+        assert len(longest_row(stored).tokens) == len(longest_row(expected).tokens) == longest
+    with pytest.raises(TrainingError, match="add --objective dpo"):
+        prepare(configure(llama, DataConfig(path, cache=tmp_path / "cache")), llama, silent())
+
+
+def test_only_the_longer_answer_must_fit_the_models_positions(
+    llama: Path, configure: Configure, write_rows: WriteRows
+) -> None:
+    rows = [{"prompt": "p", "chosen": "c" * 100, "rejected": "r" * n} for n in (100, 140)]
+    config = configure(llama, write_rows(rows[:1]), objective=DPO, steps=1)
+    assert train(config, silent()).record.steps == 1  # 204 tokens, 102 at most in a row
+    config = configure(llama, write_rows(rows), objective=DPO, steps=1)
+    with pytest.raises(TrainingError, match=r"142 tokens, but .* has 128 positions"):
+        train(config, silent())
+
+
+def test_preferences_come_from_parquet_too(
+    tmp_path: Path, write_rows: WriteRows, tokenizer: Tokenizer
+) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"prompt": [user("p")], "chosen": [assistant("c")], "rejected": [assistant("r")]}]
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    (found,), (expected,) = encoded(path, tokenizer), encoded(write_rows(rows), tokenizer)
+    assert (found.tokens, found.trained) == (expected.tokens, expected.trained)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +315,7 @@ def test_adapters_at_once_learn_what_each_learns_alone(
             llama,
             data,
             out=f"{i}",
+            name=f"{i}",
             objective=ObjectiveConfig(name="dpo", beta=beta),
             lora=InjectionConfig(r=2 + i),
             loop=LoopConfig(max_steps=3, batch_size=4, seed=i),
@@ -270,11 +331,37 @@ def test_adapters_at_once_learn_what_each_learns_alone(
             )
 
 
+def test_a_sweep_over_beta_in_a_file_with_layers_computed_again(
+    llama: Path,
+    tmp_path: Path,
+    write_rows: WriteRows,
+    preferences: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
+    file = tmp_path / "sweep.yaml"
+    out = tmp_path / "sweep"
+    file.write_text(
+        f"model: {llama}\ndata: {write_rows(preferences)}\nout: {out}\nobjective: dpo\n"
+        "device: cpu\ndtype: float32\nmax_steps: 2\neval_split: 0.25\nlr: 1e-2\n"
+        "adapters:\n- {name: a, beta: 0.1, portable: true}\n- {name: b, beta: 0.5}\n"
+    )
+    assert main(["--config", str(file)]) == 0
+    plain = read(out / "b").tensors
+    assert {"log.jsonl", "report.html"} <= {path.name for path in (out / "a").iterdir()}
+    assert main(["--config", str(file), "--checkpointing"]) == 0
+    for name, tensor in read(out / "b").tensors.items():
+        torch.testing.assert_close(tensor, plain[name], rtol=1e-4, atol=1e-6)
+
+
 def test_two_objectives_at_once_are_refused(
     llama: Path, configure: Configure, write_rows: WriteRows, preferences: Rows
 ) -> None:
     data = write_rows(preferences)
-    configs = [configure(llama, data, out="a", objective=DPO), configure(llama, data, out="b")]
+    configs = [
+        configure(llama, data, out="a", name="a", objective=DPO),
+        configure(llama, data, out="b", name="b"),
+    ]
     with pytest.raises(TrainingError, match="a has --objective dpo, b has --objective sft"):
         train_all(configs, silent())
 
