@@ -66,6 +66,10 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+RECORDS = ("README.md", "log.jsonl", "loss.png", "report.html")
+"""They tell of times, which no two runs share."""
+
+
 def steps_in(out: Path) -> list[int]:
     return [step for step, _ in list_checkpoints(out / "checkpoints")]
 
@@ -74,7 +78,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name not in RECORDS
     }
 
 

@@ -26,7 +26,7 @@ from lorax_train.training_run import TrainingRun
 Rows = list[dict[str, Any]]
 Configure = Callable[..., TrainConfig]
 WriteRows = Callable[..., Path]
-FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class Logging(Console):
