@@ -25,10 +25,10 @@ from benchmarks.ours import GrpcServer
 from benchmarks.plot import Chart
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import AdapterInfo
-from lorax_serve.frontend.library import Library
-from lorax_serve.frontend.reconciler import Reconciler
-from lorax_serve.frontend.registry import AdapterRegistry
 from lorax_serve.model.source import cache_dir, resolve_model
+from lorax_serve.registry.library import Library
+from lorax_serve.registry.reconciler import Reconciler
+from lorax_serve.registry.registry import AdapterRegistry
 from lorax_serve.sources import FetchLimits, open_source
 
 CASES = {

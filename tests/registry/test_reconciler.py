@@ -8,7 +8,7 @@ import pytest
 
 from lorax_serve.errors import AdapterRejected, SourceFailed, StoreFailed
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
-from tests.frontend.place import Place
+from tests.registry.place import Place
 
 
 async def test_a_restart_serves_what_was_acknowledged(place: Place) -> None:

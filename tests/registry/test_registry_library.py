@@ -19,12 +19,12 @@ from lorax_serve.errors import (
     SourceFailed,
     SourceReason,
 )
-from lorax_serve.frontend.in_place import InPlace
-from lorax_serve.frontend.registry import AdapterRegistry
-from lorax_serve.frontend.version import AdapterState
+from lorax_serve.registry.in_place import InPlace
+from lorax_serve.registry.registry import AdapterRegistry
+from lorax_serve.registry.version import AdapterState
 from lorax_serve.sources import FetchLimits
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
-from tests.frontend.place import Engine, Place
+from tests.registry.place import Engine, Place
 from tests.server.harness import until
 
 

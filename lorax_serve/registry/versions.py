@@ -10,12 +10,12 @@ from typing import Protocol
 
 from lorax_serve.core import AdapterInfo, AdapterTier, Freed, Part
 from lorax_serve.errors import LoraxError
-from lorax_serve.frontend.background import Background
-from lorax_serve.frontend.events import RegistryListener
-from lorax_serve.frontend.in_place import InPlace
-from lorax_serve.frontend.library import Library
-from lorax_serve.frontend.names import Names
-from lorax_serve.frontend.version import Adapter, AdapterState
+from lorax_serve.registry.background import Background
+from lorax_serve.registry.events import RegistryListener
+from lorax_serve.registry.in_place import InPlace
+from lorax_serve.registry.library import Library
+from lorax_serve.registry.names import Names
+from lorax_serve.registry.version import Adapter, AdapterState
 from lorax_serve.report import LoadReport
 
 __all__ = ["AdapterEngine", "Versions"]

@@ -26,16 +26,16 @@ from lorax_serve.errors import (
     SourceFailed,
     SourceReason,
 )
-from lorax_serve.frontend.background import Background
-from lorax_serve.frontend.backoff import Backoff
-from lorax_serve.frontend.compositions import Composed, Compositions
-from lorax_serve.frontend.events import RegistryListener
-from lorax_serve.frontend.in_place import InPlace
-from lorax_serve.frontend.library import Fetched, Library
-from lorax_serve.frontend.names import Names, check_digest, check_name, is_name, split_name
-from lorax_serve.frontend.upload import Upload
-from lorax_serve.frontend.version import Adapter, AdapterState
-from lorax_serve.frontend.versions import AdapterEngine, Versions
+from lorax_serve.registry.background import Background
+from lorax_serve.registry.backoff import Backoff
+from lorax_serve.registry.compositions import Composed, Compositions
+from lorax_serve.registry.events import RegistryListener
+from lorax_serve.registry.in_place import InPlace
+from lorax_serve.registry.library import Fetched, Library
+from lorax_serve.registry.names import Names, check_digest, check_name, is_name, split_name
+from lorax_serve.registry.upload import Upload
+from lorax_serve.registry.version import Adapter, AdapterState
+from lorax_serve.registry.versions import AdapterEngine, Versions
 from lorax_serve.report import LoadReport
 from lorax_serve.store.catalog import NameRecord
 

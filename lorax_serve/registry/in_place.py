@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from lorax_serve.errors import AdapterConflict, AdapterRejected, InvalidRequest, RejectReason
-from lorax_serve.frontend.library import Fetched
-from lorax_serve.frontend.upload import Upload
+from lorax_serve.registry.library import Fetched
+from lorax_serve.registry.upload import Upload
 from lorax_serve.store.digest import CONFIG_FILE
 
 __all__ = ["InPlace"]

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from lorax_serve.errors import AdapterConflict, LoraxError, SourceFailed, SourceReason
-from lorax_serve.frontend.source_threads import SourceThreads
-from lorax_serve.frontend.upload import Upload
+from lorax_serve.registry.source_threads import SourceThreads
+from lorax_serve.registry.upload import Upload
 from lorax_serve.sources import FetchLimits, Source, WatchableSource
 from lorax_serve.sources.transfer import place
 from lorax_serve.store.catalog import Catalog, NameRecord, Unloaded

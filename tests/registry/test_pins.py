@@ -8,9 +8,9 @@ import pytest
 
 from lorax_serve.core import AdapterInfo
 from lorax_serve.errors import AdapterNotFound, InvalidRequest, Overloaded, StoreFailed
-from lorax_serve.frontend.registry import AdapterRegistry
+from lorax_serve.registry.registry import AdapterRegistry
 from lorax_serve.store.catalog import Catalog
-from tests.frontend.place import Engine, Place
+from tests.registry.place import Engine, Place
 
 
 class Full(Engine):

@@ -25,9 +25,9 @@ from lorax_serve.errors import (
     SourceReason,
     StoreFailed,
 )
-from lorax_serve.frontend.backoff import Backoff
-from lorax_serve.frontend.library import Library
-from lorax_serve.frontend.registry import AdapterRegistry
+from lorax_serve.registry.backoff import Backoff
+from lorax_serve.registry.library import Library
+from lorax_serve.registry.registry import AdapterRegistry
 from lorax_serve.store.catalog import NameRecord
 
 __all__ = ["Reconciler"]
