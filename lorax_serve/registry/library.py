@@ -181,6 +181,15 @@ class Library:
             lambda: self._catalog.set_origin(name, fetched.source, fetched.path, fetched.signature)
         )
 
+    async def turns_down(self, name: str, fetched: Fetched) -> bool:
+        """Whether somebody has rolled ``name`` back from this content of a source, or unloaded it;
+        then it is not fetched again until it changes."""
+        source = fetched.source
+        assert source is not None
+        return await self._run(
+            lambda: self._catalog.turns_down(name, fetched.digest, source, fetched.signature)
+        )
+
     async def set_weight(self, name: str, weight: int) -> None:
         """Change the share of a name."""
         await self._run(lambda: self._catalog.set_weight(name, weight))
@@ -223,6 +232,10 @@ class Library:
     async def names(self) -> list[NameRecord]:
         """What was recorded."""
         return await self._run(self._catalog.names)
+
+    async def find(self, name: str) -> NameRecord | None:
+        """What was recorded of a name; None if it means nothing."""
+        return await self._run(lambda: self._catalog.get(name))
 
     async def history(self, name: str) -> list[str]:
         """The digests of a name's earlier versions, the last first."""

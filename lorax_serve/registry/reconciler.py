@@ -95,7 +95,9 @@ class Reconciler:
                 last_word = time.monotonic()
                 log.info("%d of %d new adapters looked at", done, len(changed))
             before = self.failures.get(name)
-            await self._try(name, partial(self._registry.load, name), signature)
+            await self._try(
+                name, partial(self._registry.follow, name, records.get(name)), signature
+            )
             error = self.failures.get(name)
             timeouts += error is not before and _timed_out(error)
 
@@ -150,7 +152,9 @@ class Reconciler:
         """Those that were unloaded, and are in the source as they were then."""
         source = self._library.source
         found = []
-        for name, where, signature in await self._library.unloaded() if source and changed else ():
+        for name, where, signature, _ in (
+            await self._library.unloaded() if source and changed else ()
+        ):
             if name not in changed:
                 continue
             if signature is None and source is not None:

@@ -285,17 +285,33 @@ class AdapterRegistry:
             freed = freed.plus(each)
         return freed
 
+    async def follow(self, name: str, record: NameRecord | None) -> None:
+        """Load what the source has of ``name``, unless somebody has turned away from that content.
+
+        Args:
+            name: and its path in the source.
+            record: what was recorded of it when this was decided.
+
+        Raises:
+            AdapterConflict: the name is being loaded, or another call has changed it meanwhile.
+            LoraxError: as ``load``.
+        """
+        assert isinstance(self._library, Library)
+        self._begin(name)
+        await asyncio.shield(self._background.run(self._follow(self._library, name, record)))
+
     async def restore(self, record: NameRecord) -> None:
         """Serve what was recorded before the server stopped.
 
         Raises:
-            AdapterConflict: the name is being loaded.
+            AdapterConflict: the name is being loaded, or another call has changed it meanwhile.
             StoreFailed: its content is not whole.
             LoraxError: as ``load``.
         """
         assert isinstance(self._library, Library)
         self._begin(record.name)
         try:
+            await self._check_unchanged(self._library, record.name, record)
             with self._versions.telling(record.name):
                 key, directory = self._versions.next_key(), self._library.directory(record.digest)
                 info = await self._engine.load_adapter(key, str(directory))
@@ -322,6 +338,24 @@ class AdapterRegistry:
                     return await self._bring_in(name, fetched, weight, pinned)
         finally:
             self._loading.discard(name)
+
+    async def _follow(self, library: Library, name: str, record: NameRecord | None) -> None:
+        try:
+            await self._check_unchanged(library, name, record)
+            with self._versions.telling(name):
+                check_name(name)
+                async with library.fetch(name) as fetched:
+                    if not await library.turns_down(name, fetched):
+                        await self._bring_in(name, fetched, None, None)
+        finally:
+            self._loading.discard(name)
+
+    async def _check_unchanged(
+        self, library: Library, name: str, record: NameRecord | None
+    ) -> None:
+        """Refuse to act on what somebody has changed before ``_begin`` kept others away."""
+        if await library.find(name) != record:
+            raise AdapterConflict(f"adapter {name!r} was changed by another call; try again")
 
     async def _inspect(self, path: str) -> LoadReport:
         async with self._library.fetch(path) as fetched:

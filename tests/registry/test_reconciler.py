@@ -7,6 +7,8 @@ import shutil
 import pytest
 
 from lorax_serve.errors import AdapterRejected, SourceFailed, StoreFailed
+from lorax_serve.registry.version import Adapter
+from lorax_serve.store.catalog import NameRecord
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
 from tests.registry.place import Place
 
@@ -118,6 +120,95 @@ async def test_a_roll_back_stands_until_the_source_changes(place: Place) -> None
     third = place.write("poet", b"3")
     await reconciler.run_once()
     assert registry.acquire("poet").info.digest == third
+
+
+async def test_a_roll_back_stands_when_the_source_was_touched_but_not_changed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    first = place.write("poet", b"1")
+    await reconciler.run_once()
+    second = place.write("poet", b"2")
+    await reconciler.run_once()
+    back = await registry.roll_back("poet")
+    fetches = place.count_fetches(monkeypatch)
+    place.write("poet", b"2")
+    for _ in range(3):
+        await reconciler.run_once()
+    assert fetches == ["poet"]
+    assert registry.acquire("poet") is back
+    # Also after a restart, and if it was touched while the server was away.
+    place.write("poet", b"2")
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    await reconciler.run_once()
+    assert registry.acquire("poet").info.digest == first
+    assert (await registry.load("poet")).info.digest == second, "by hand it can be loaded"
+    await registry.roll_back("poet")
+    place.write("poet", b"1")
+    await reconciler.run_once()
+    place.write("poet", b"2")
+    await reconciler.run_once()
+    assert registry.acquire("poet").info.digest == second, "the source had other content"
+
+
+async def test_what_was_unloaded_stays_away_when_it_was_touched_but_not_changed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    place.write("poet", b"1")
+    await reconciler.run_once()
+    await registry.unload("poet")
+    fetches = place.count_fetches(monkeypatch)
+    place.write("poet", b"1")
+    for _ in range(3):
+        await reconciler.run_once()
+    assert fetches == ["poet"]
+    assert not registry.is_loaded("poet")
+    assert (place.engine.held, place.kept) == ({}, set())
+    changed = place.write("poet", b"2")
+    await reconciler.run_once()
+    assert registry.acquire("poet").info.digest == changed
+
+
+async def test_what_is_loaded_during_a_pass_is_not_replaced_by_what_was_seen_before(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    place.write("copy", b"1")
+    place.write("poet", b"2")
+    library = place.libraries[0]
+    listing, loaded = library.listing, list[Adapter]()
+
+    async def listing_then_load() -> dict[str, str] | None:
+        listed = await listing()
+        loaded.append(await registry.load("poet", "copy"))
+        return listed
+
+    monkeypatch.setattr(library, "listing", listing_then_load)
+    await place.reconciler(registry).run_once()
+    assert registry.acquire("poet") is loaded[0]
+
+
+async def test_what_is_unloaded_during_a_pass_does_not_come_back(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    place.write("poet", b"1")
+    await registry.load("poet")
+    names = place.libraries[0].names
+
+    async def names_then_unload() -> list[NameRecord]:
+        records = await names()
+        await registry.unload("poet")
+        return records
+
+    monkeypatch.setattr(place.libraries[0], "names", names_then_unload)
+    await place.reconciler(registry, from_source=False).run_once()
+    assert registry.adapters() == []
+    assert (place.engine.held, place.kept) == ({}, set())
 
 
 @pytest.mark.parametrize("alias", [False, True])
