@@ -15,7 +15,7 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from lorax_serve.errors import AdapterConflict, LoraxError, SourceFailed, SourceReason
+from lorax_serve.errors import AdapterConflict, LoraxError, SourceFailed, SourceReason, StoreFailed
 from lorax_serve.registry.source_threads import SourceThreads
 from lorax_serve.registry.upload import Upload
 from lorax_serve.sources import FetchLimits, Source, WatchableSource
@@ -254,6 +254,18 @@ class Library:
             StoreFailed: it is not there, or not whole.
         """
         return self._content.path(digest)
+
+    async def check(self, digest: str) -> None:
+        """Read content, and compare its bytes with its digest.
+
+        Raises:
+            StoreFailed: it is not there, or has other bytes.
+        """
+        if not await self._run(lambda: self._content.verify(digest)):
+            raise StoreFailed(
+                f"{self._content.root}: the content {digest} has been damaged on the disk; load "
+                "the adapter again"
+            )
 
     async def listing(self) -> dict[str, str] | None:
         """What the source has: signatures by path; None if it cannot be listed.

@@ -115,10 +115,11 @@ class Reconciler:
             await self._registry.restore(record)
         except StoreFailed:
             source = self._library.source
-            if source is None or record.source != source.uri:
+            rolled_back = record.fetched not in (record.digest, None)  # the source has another
+            if source is None or record.source != source.uri or rolled_back:
                 raise
             log.warning("adapter %s is damaged on disk: fetching it again", record.name)
-            await self._registry.load(record.name, record.path, record.weight)
+            await self._registry.load(record.name, record.path, record.weight, record.pinned)
 
     async def _listing(self) -> dict[str, str] | None:
         """Signatures by path of what is to be loaded from the source; None if it does not say."""

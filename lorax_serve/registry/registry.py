@@ -25,6 +25,7 @@ from lorax_serve.errors import (
     LoraxError,
     SourceFailed,
     SourceReason,
+    StoreFailed,
 )
 from lorax_serve.registry.background import Background
 from lorax_serve.registry.backoff import Backoff
@@ -313,12 +314,11 @@ class AdapterRegistry:
         try:
             await self._check_unchanged(self._library, record.name, record)
             with self._versions.telling(record.name):
-                key, directory = self._versions.next_key(), self._library.directory(record.digest)
-                info = await self._engine.load_adapter(key, str(directory))
-            adapter = Adapter(record.name, record.sequence, info, directory, key, record.weight)
+                adapter = await self._read(self._library, record.name, record.digest)
+            adapter.version, adapter.weight = record.sequence, record.weight
             if record.pinned:
                 try:
-                    await self._engine.pin_adapter(key)
+                    await self._engine.pin_adapter(adapter.key)
                     adapter.pinned = True
                 except LoraxError as error:  # it is served all the same
                     log.error("adapter %s is not pinned any more: %s", record.name, error)
@@ -479,16 +479,35 @@ class AdapterRegistry:
     async def _reload(self, name: str, digest: str) -> Adapter:
         """Load an earlier version from this server's disk, as ``name@digest``."""
         assert isinstance(self._library, Library)
-        directory, key = self._library.directory(digest), self._versions.next_key()
-        info = await self._engine.load_adapter(key, str(directory))
-        adapter = Adapter(name, 0, info, directory, key, state=AdapterState.SUPERSEDED)
+        adapter = await self._read(self._library, name, digest)
+        adapter.state = AdapterState.SUPERSEDED
         adapter.version = await self._library.sequence_of(name, digest)
         current = self._names.get(name)
         if current is None or current.info.digest == digest:
-            await self._engine.drop_adapter(key)  # it was unloaded or rolled back meanwhile
+            # It was unloaded or rolled back meanwhile.
+            await self._engine.drop_adapter(adapter.key)
             raise AdapterConflict(f"adapter {name!r} was changed by another call; try again")
         self._versions.add_earlier(adapter)
         return adapter
+
+    async def _read(self, library: Library, name: str, digest: str) -> Adapter:
+        """Load content that this server's disk has kept, if it is what it was.
+
+        Raises:
+            StoreFailed: it is not there, or has other bytes.
+            LoraxError: as ``load``.
+        """
+        directory, key = library.directory(digest), self._versions.next_key()
+        try:
+            info = await self._engine.load_adapter(key, str(directory))
+        except AdapterRejected:
+            await library.check(digest)
+            raise
+        if info.digest != digest:
+            await self._engine.drop_adapter(key)
+            await library.check(digest)
+            raise StoreFailed(f"{directory} was changed while it was read; try again")
+        return Adapter(name, 0, info, directory, key)
 
     async def _earlier_digest(self, name: str, digest: str | None) -> str | None:
         """The whole digest of an earlier version that begins with ``digest``; the last, if None."""

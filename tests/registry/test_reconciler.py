@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,11 @@ from lorax_serve.registry.version import Adapter
 from lorax_serve.store.catalog import NameRecord
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
 from tests.registry.place import Place
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    path.chmod(0o644)
+    path.write_bytes(content)
 
 
 async def test_a_restart_serves_what_was_acknowledged(place: Place) -> None:
@@ -298,6 +304,82 @@ async def test_content_that_was_lost_is_fetched_again(place: Place) -> None:
     await place.reconciler(registry).run_once()
     assert registry.acquire("poet").info.digest == digest
     assert place.kept == {digest}
+
+
+@pytest.mark.parametrize("damage", [b"X", b"bad"])
+async def test_content_that_was_damaged_is_fetched_again_and_never_served(
+    place: Place, damage: bytes
+) -> None:
+    registry = place.start()
+    digest = place.write("poet", b"1")
+    await place.reconciler(registry).run_once()
+    place.stop()
+    overwrite(place.state / "adapters" / digest / WEIGHTS_FILE, damage)
+    registry = place.start()
+    await place.reconciler(registry).run_once()
+    assert registry.acquire("poet").info.digest == digest
+    assert (set(place.engine.held.values()), place.kept) == ({digest}, {digest})
+    place.stop()
+    overwrite(place.state / "adapters" / digest / WEIGHTS_FILE, damage)
+    shutil.rmtree(place.source)
+    registry = place.start()
+    reconciler = place.reconciler(registry, from_source=False)
+    await reconciler.run_once()
+    assert not registry.is_loaded("poet")
+    assert place.engine.held == {}
+    place.stop()
+    registry = place.start(source=False)
+    reconciler = place.reconciler(registry)
+    await reconciler.run_once()
+    assert isinstance(reconciler.failures["poet"], StoreFailed)
+    assert f"the content {digest} has been damaged" in str(reconciler.failures["poet"])
+
+
+async def test_content_that_is_fetched_again_keeps_weight_and_pin(place: Place) -> None:
+    registry = place.start()
+    digest = place.write("poet", b"1")
+    await registry.load("poet", weight=7, pinned=True)
+    place.stop()
+    shutil.rmtree(place.state / "adapters" / digest)
+    registry = place.start()
+    await place.reconciler(registry).run_once()
+    adapter = registry.acquire("poet")
+    assert (adapter.weight, adapter.pinned, place.engine.pinned) == (7, True, {adapter.key})
+
+
+async def test_a_roll_back_that_is_lost_is_not_replaced_by_what_it_went_back_from(
+    place: Place,
+) -> None:
+    registry = place.start()
+    first = place.write("poet", b"1")
+    await registry.load("poet")
+    place.write("poet", b"2")
+    await registry.load("poet")
+    await registry.roll_back("poet")
+    place.stop()
+    shutil.rmtree(place.state / "adapters" / first)
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    await reconciler.run_once()
+    assert not registry.is_loaded("poet")
+    assert isinstance(reconciler.failures["poet"], StoreFailed)
+
+
+async def test_an_earlier_version_that_was_damaged_is_refused(place: Place) -> None:
+    registry = place.start()
+    first = place.write("poet", b"1")
+    await registry.load("poet")
+    second = place.write("poet", b"2")
+    await registry.load("poet")
+    registry = place.start()
+    await place.reconciler(registry).run_once()
+    overwrite(place.state / "adapters" / first / WEIGHTS_FILE, b"X")
+    with pytest.raises(StoreFailed, match=first):
+        await registry.admit(f"poet@{first}")
+    with pytest.raises(StoreFailed, match=first):
+        await registry.roll_back("poet")
+    assert registry.acquire("poet").info.digest == second
+    assert set(place.engine.held.values()) == {second}
 
 
 async def test_content_that_is_lost_for_good_is_told(place: Place) -> None:
