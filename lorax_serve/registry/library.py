@@ -20,7 +20,7 @@ from lorax_serve.registry.source_threads import SourceThreads
 from lorax_serve.registry.upload import Upload
 from lorax_serve.sources import FetchLimits, Source, WatchableSource
 from lorax_serve.sources.transfer import place
-from lorax_serve.store.catalog import Catalog, NameRecord, Unloaded
+from lorax_serve.store.catalog import Catalog, NameRecord, Recorded, Unloaded
 from lorax_serve.store.content import ContentStore, Stage
 from lorax_serve.store.recovery import recover, remove_unreferenced
 
@@ -155,13 +155,14 @@ class Library:
             digest = await self._run(lambda: self._content.commit(stage, upload.digest))
             yield Fetched(digest, self._content.path(digest), None, "", "")
 
-    async def record(self, name: str, fetched: Fetched, weight: int, pinned: bool) -> int:
+    async def record(self, name: str, fetched: Fetched, weight: int, pinned: bool) -> Recorded:
         """Have ``name`` mean this content from now on, also after a restart.
 
         Returns:
-            The load's sequence number on this server.
+            The load's sequence number on this server, and the content that nothing refers to now,
+            which stays until it is ``clean``ed.
         """
-        recorded = await self._run(
+        return await self._run(
             lambda: self._catalog.record_load(
                 name,
                 fetched.digest,
@@ -172,7 +173,6 @@ class Library:
                 pinned=pinned,
             )
         )
-        return recorded.sequence
 
     async def record_origin(self, name: str, fetched: Fetched) -> None:
         """Remember where the content that ``name`` has already was found, and how it is known
@@ -206,9 +206,10 @@ class Library:
         """Note what a source has of a name that was unloaded."""
         await self._run(lambda: self._catalog.set_unloaded(name, source, signature))
 
-    async def forget(self, name: str) -> None:
-        """Have ``name`` mean nothing. Its content stays until it is ``clean``ed."""
-        await self._run(lambda: self._catalog.record_unload(name))
+    async def forget(self, name: str) -> frozenset[str]:
+        """Have ``name`` mean nothing; returns the content that nothing refers to now, which stays
+        until it is ``clean``ed."""
+        return await self._run(lambda: self._catalog.record_unload(name))
 
     async def roll_back(self, name: str, digest: str | None) -> NameRecord:
         """Have ``name`` mean an earlier version again, the last one or that with this digest.

@@ -280,9 +280,9 @@ class AdapterRegistry:
         """
         self._loaded(name)
         self._begin(name)
-        draining = await asyncio.shield(self._background.run(self._unload(name)))
+        freeing = await asyncio.shield(self._background.run(self._unload(name)))
         freed = Freed()
-        for each in await asyncio.shield(asyncio.gather(*draining)):
+        for each in await asyncio.shield(asyncio.gather(*freeing)):
             freed = freed.plus(each)
         return freed
 
@@ -394,13 +394,13 @@ class AdapterRegistry:
         adapter.pinned = current is not None and current.pinned if pinned is None else pinned
         try:
             await self._pin(adapter, current)
-            adapter.version = await self._library.record(
-                name, fetched, adapter.weight, adapter.pinned
-            )
+            recorded = await self._library.record(name, fetched, adapter.weight, adapter.pinned)
         except BaseException:
             await self._engine.drop_adapter(key)
             raise
+        adapter.version = recorded.sequence
         self._versions.flip(adapter)
+        self._versions.clean(recorded.unreferenced)
         return adapter
 
     async def _load_on_demand(self, name: str) -> Adapter:
@@ -524,8 +524,9 @@ class AdapterRegistry:
 
     async def _unload(self, name: str) -> list[asyncio.Task[Freed]]:
         try:
-            await self._library.forget(name)
-            return [self._versions.retire(adapter) for adapter in self._names.remove(name)]
+            unreferenced = await self._library.forget(name)
+            draining = [self._versions.retire(adapter) for adapter in self._names.remove(name)]
+            return [*draining, self._versions.clean(unreferenced)]
         finally:
             self._loading.discard(name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -123,6 +123,14 @@ class Versions:
         self.on_retired(adapter)
         return self._background.run(self._drain(adapter))
 
+    def clean(self, digests: Iterable[str]) -> asyncio.Task[Freed]:
+        """Delete content that nothing refers to and no version has; returns the bytes.
+
+        Versions that are read again from the disk need theirs until they end, and take it along.
+        """
+        held = {adapter.info.digest for adapter in self}
+        return self._background.run(self._clean([each for each in digests if each not in held]))
+
     @contextmanager
     def telling(self, name: str) -> Iterator[None]:
         """Tell the listeners why a load has failed."""
@@ -142,11 +150,14 @@ class Versions:
         await adapter.unused.wait()
         freed = await self._engine.drop_adapter(adapter.key)
         del self._draining[adapter.key]
-        freed = freed.plus(Freed(disk=await self._library.clean([adapter.info.digest])))
+        freed = freed.plus(await self.clean([adapter.info.digest]))
         log.info("adapter %s unloaded: version %d", adapter.name, adapter.version)
         for listener in self._listeners:
             listener.unloaded(adapter)
         return freed
+
+    async def _clean(self, digests: Sequence[str]) -> Freed:
+        return Freed(disk=await self._library.clean(digests))
 
     def _tell_loaded(self, adapter: Adapter) -> None:
         for listener in self._listeners:

@@ -100,6 +100,48 @@ async def test_unloading_forgets_all_versions_and_their_files(place: Place) -> N
     assert (place.engine.held, place.kept) == ({}, set())
 
 
+async def test_unloading_after_a_restart_deletes_versions_that_were_not_in_memory(
+    place: Place,
+) -> None:
+    registry = place.start()
+    for weights in (b"1", b"2", b"3"):
+        place.write("poet", weights)
+        await registry.load("poet")
+    registry = place.start()
+    await place.reconciler(registry, from_source=False).run_once()
+    assert len(place.engine.held) == 1
+    assert await registry.unload("poet") == Freed(host=100, disk=3 * (len(b"{}") + 1))
+    assert place.kept == set()
+
+
+async def test_what_falls_out_of_history_after_a_restart_is_deleted(place: Place) -> None:
+    registry = place.start(history=1)
+    digests = []
+    for weights in (b"1", b"2"):
+        digests.append(place.write("poet", weights))
+        await registry.load("poet")
+    registry = place.start(history=1)
+    await place.reconciler(registry, from_source=False).run_once()
+    digests.append(place.write("poet", b"3"))
+    await registry.load("poet")
+    await until(lambda: place.kept == set(digests[1:]))
+
+
+async def test_files_stay_until_the_last_version_that_is_read_from_them_ends(place: Place) -> None:
+    registry = place.start()
+    digest = place.write("poet", b"1")
+    await registry.load("poet")
+    await registry.load("twin", "poet")
+    used = registry.acquire("poet")
+    unloading = asyncio.create_task(registry.unload("poet"))
+    await until(lambda: not registry.is_loaded("poet"))
+    await registry.unload("twin")
+    assert place.kept == {digest}, "a running request may have to read it again"
+    registry.release(used)
+    assert (await unloading).disk == len(b"{}") + 1
+    assert place.kept == set()
+
+
 async def test_a_refused_adapter_leaves_nothing_and_changes_nothing(place: Place) -> None:
     registry = place.start()
     good = place.write("poet", b"1")
