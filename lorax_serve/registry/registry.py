@@ -468,8 +468,14 @@ class AdapterRegistry:
             adapter = self._names.earlier(name, target) or await self._reload(name, target)
             current = self._names.get(name)
             adapter.pinned = current is not None and current.pinned
-            await self._pin(adapter, current)
-            record = await library.roll_back(name, target)
+            try:
+                await self._pin(adapter, current)
+                record = await library.roll_back(name, target)
+            except BaseException:  # it stays an earlier version
+                if adapter.pinned:
+                    adapter.pinned = False
+                    await self._engine.unpin_adapter(adapter.key)
+                raise
             adapter.version, adapter.weight = record.sequence, record.weight
             self._versions.flip(adapter)
             return adapter
@@ -482,13 +488,15 @@ class AdapterRegistry:
         adapter = await self._read(self._library, name, digest)
         adapter.state = AdapterState.SUPERSEDED
         adapter.version = await self._library.sequence_of(name, digest)
-        current = self._names.get(name)
-        if current is None or current.info.digest == digest:
-            # It was unloaded or rolled back meanwhile.
-            await self._engine.drop_adapter(adapter.key)
-            raise AdapterConflict(f"adapter {name!r} was changed by another call; try again")
-        self._versions.add_earlier(adapter)
-        return adapter
+        current, twin = self._names.get(name), self._names.earlier(name, digest)
+        if twin is None and adapter.version and current and current.info.digest != digest:
+            self._versions.add_earlier(adapter)
+            return adapter
+        # It was unloaded, rolled back, forgotten, or read by another call meanwhile.
+        await self._engine.drop_adapter(adapter.key)
+        if twin is not None:
+            return twin
+        raise AdapterConflict(f"adapter {name!r} was changed by another call; try again")
 
     async def _read(self, library: Library, name: str, digest: str) -> Adapter:
         """Load content that this server's disk has kept, if it is what it was.

@@ -101,6 +101,38 @@ async def test_a_load_that_cannot_be_pinned_changes_nothing(place: Place) -> Non
     assert place.kept == {old.info.digest}
 
 
+async def test_a_roll_back_that_cannot_be_pinned_changes_nothing(place: Place) -> None:
+    registry = place.start()
+    place.write("poet", b"1")
+    old = await registry.load("poet")
+    digest = place.write("poet", b"2")
+    new = await registry.load("poet", pinned=True)
+    full = Full()
+    registry._engine = full
+    with pytest.raises(Overloaded, match="cannot be pinned"):
+        await registry.roll_back("poet")
+    assert registry.acquire("poet") is new
+    assert (new.pinned, old.pinned, pinned(place)) == (True, False, {digest})
+
+
+async def test_a_roll_back_that_is_not_recorded_is_undone(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise StoreFailed("the disk fails")
+
+    registry = place.start()
+    place.write("poet", b"1")
+    old = await registry.load("poet")
+    digest = place.write("poet", b"2")
+    new = await registry.load("poet", pinned=True)
+    monkeypatch.setattr(Catalog, "roll_back", fail)
+    with pytest.raises(StoreFailed):
+        await registry.roll_back("poet")
+    assert registry.acquire("poet") is new
+    assert (new.pinned, old.pinned, pinned(place)) == (True, False, {digest})
+
+
 async def test_a_restart_with_less_room_serves_unpinned(place: Place) -> None:
     registry = place.start()
     place.write("poet", b"1")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax_serve.core import Freed
+from lorax_serve.core import AdapterInfo, Freed
 from lorax_serve.errors import (
     AdapterConflict,
     AdapterNotFound,
@@ -21,7 +21,7 @@ from lorax_serve.errors import (
 )
 from lorax_serve.registry.in_place import InPlace
 from lorax_serve.registry.registry import AdapterRegistry
-from lorax_serve.registry.version import AdapterState
+from lorax_serve.registry.version import Adapter, AdapterState
 from lorax_serve.sources import FetchLimits
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
 from tests.registry.place import Engine, Place
@@ -140,6 +140,52 @@ async def test_files_stay_until_the_last_version_that_is_read_from_them_ends(pla
     registry.release(used)
     assert (await unloading).disk == len(b"{}") + 1
     assert place.kept == set()
+
+
+async def test_a_version_that_a_request_and_a_roll_back_want_is_read_once(place: Place) -> None:
+    registry = place.start()
+    first = place.write("poet", b"1")
+    await registry.load("poet")
+    place.write("poet", b"2")
+    await registry.load("poet")
+    registry = place.start()
+    await place.reconciler(registry, from_source=False).run_once()
+    asked, back = await asyncio.gather(
+        registry.admit(f"poet@{first}"), registry.roll_back("poet"), return_exceptions=True
+    )
+    assert isinstance(back, Adapter)
+    assert registry.acquire("poet") is back
+    assert asked is back or isinstance(asked, AdapterConflict)
+    await registry.load("poet", weight=2)
+    assert len(place.engine.held) == 2
+    assert {adapter.key for adapter in registry.adapters()} == set(place.engine.held)
+
+
+async def test_a_version_is_not_brought_back_once_its_name_means_other_content(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    first = place.write("poet", b"1")
+    await registry.load("poet")
+    place.write("poet", b"2")
+    await registry.load("poet")
+    registry = place.start()
+    await place.reconciler(registry, from_source=False).run_once()
+    load = place.engine.load_adapter
+
+    async def load_while_the_name_is_given_away(version: int, path: str) -> AdapterInfo:
+        monkeypatch.setattr(place.engine, "load_adapter", load)
+        info = await load(version, path)
+        await registry.unload("poet")
+        place.write("poet", b"3")
+        await registry.load("poet")
+        return info
+
+    monkeypatch.setattr(place.engine, "load_adapter", load_while_the_name_is_given_away)
+    with pytest.raises(AdapterConflict, match="was changed by another call"):
+        await registry.admit(f"poet@{first}")
+    (adapter,) = registry.adapters()
+    assert set(place.engine.held) == {adapter.key}
 
 
 async def test_a_refused_adapter_leaves_nothing_and_changes_nothing(place: Place) -> None:
