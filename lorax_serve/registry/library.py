@@ -283,14 +283,13 @@ class Library:
     async def _stage(self) -> AsyncIterator[Stage]:
         """A directory to write an adapter's files in; what was committed stays if it was recorded
         by the end of the block."""
-        stack = ExitStack()
-        stage = await self._run(lambda: stack.enter_context(self._content.stage()))
+        stack, stages = ExitStack(), list[Stage]()
         try:
-            yield stage
+            await self._run(lambda: stages.append(stack.enter_context(self._content.stage())))
+            yield stages[0]
         finally:
             await self._run(stack.close)  # half of a large file takes its time to go
-            if stage.digest is not None:
-                await self.clean([stage.digest])
+            await self.clean([stage.digest for stage in stages if stage.digest is not None])
 
     async def _ask(self, threads: SourceThreads, what: str, work: Callable[[], _T]) -> _T:
         seconds = self._limits.seconds + _GRACE_SECONDS
@@ -304,4 +303,11 @@ class Library:
             ) from None
 
     async def _run(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        """Do ``work`` on a thread of the disk's. A call that is cancelled still waits for its end:
+        what is cleaned up after it must not be in use by then."""
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise

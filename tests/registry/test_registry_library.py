@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import weakref
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,8 +24,10 @@ from lorax_serve.errors import (
 )
 from lorax_serve.registry.in_place import InPlace
 from lorax_serve.registry.registry import AdapterRegistry
+from lorax_serve.registry.upload import Upload
 from lorax_serve.registry.version import Adapter, AdapterState
 from lorax_serve.sources import FetchLimits
+from lorax_serve.store.content import ContentStore
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
 from tests.registry.place import Engine, Place
 from tests.server.harness import until
@@ -186,6 +191,36 @@ async def test_a_version_is_not_brought_back_once_its_name_means_other_content(
         await registry.admit(f"poet@{first}")
     (adapter,) = registry.adapters()
     assert set(place.engine.held) == {adapter.key}
+
+
+@pytest.mark.parametrize("step", ["stage", "commit"])
+async def test_an_upload_that_is_cancelled_while_the_disk_works_leaves_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    registry = place.start()
+    digest = place.write("poet", b"1")
+    reached, go = threading.Event(), threading.Event()
+    work = getattr(ContentStore, step)
+
+    def slow(*arguments: Any) -> Any:
+        reached.set()
+        assert go.wait(10)
+        return work(*arguments)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"{}1"
+
+    monkeypatch.setattr(ContentStore, step, slow)
+    uploading = asyncio.create_task(registry.upload("poet", Upload(digest, 2, 1, chunks())))
+    await until(reached.is_set)
+    uploading.cancel()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await uploading
+    assert (registry.adapters(), place.staged, place.kept) == ([], [], set())
+    await registry.upload("poet", Upload(digest, 2, 1, chunks()))
+    await registry.unload("poet")
+    assert (place.staged, place.kept) == ([], set()), "nobody holds it any more"
 
 
 async def test_a_refused_adapter_leaves_nothing_and_changes_nothing(place: Place) -> None:
