@@ -78,6 +78,7 @@ class Reconciler:
         listing = await self._listing()
         if listing is None:
             return
+        self._refused = {name: each for name, each in self._refused.items() if name in listing}
         for name in self.failures.keys() - records.keys() - listing.keys():
             del self.failures[name]  # it is neither recorded nor in the source any more
         changed = self._new_in(listing, records)
@@ -109,6 +110,8 @@ class Reconciler:
                 await self.run_once()
             except LoraxError as error:  # the disk, say
                 log.error("adapters cannot be reconciled now: %s", error)
+            except Exception:  # a defect of ours, but the next pass may do
+                log.exception("adapters cannot be reconciled now")
 
     async def _restore(self, record: NameRecord) -> None:
         try:

@@ -137,14 +137,13 @@ class Versions:
         try:
             yield
         except LoraxError as error:
-            for listener in self._listeners:
-                listener.refused(name, error)
+            failure = error  # a name that outlives this block
+            self._tell(lambda listener: listener.refused(name, failure))
             raise
 
     def tell_changed(self, adapter: Adapter) -> None:
         """Tell the listeners that something about a version is different."""
-        for listener in self._listeners:
-            listener.changed(adapter)
+        self._tell(lambda listener: listener.changed(adapter))
 
     async def _drain(self, adapter: Adapter) -> Freed:
         await adapter.unused.wait()
@@ -152,13 +151,18 @@ class Versions:
         del self._draining[adapter.key]
         freed = freed.plus(await self.clean([adapter.info.digest]))
         log.info("adapter %s unloaded: version %d", adapter.name, adapter.version)
-        for listener in self._listeners:
-            listener.unloaded(adapter)
+        self._tell(lambda listener: listener.unloaded(adapter))
         return freed
 
     async def _clean(self, digests: Sequence[str]) -> Freed:
         return Freed(disk=await self._library.clean(digests))
 
     def _tell_loaded(self, adapter: Adapter) -> None:
+        self._tell(lambda listener: listener.loaded(adapter))
+
+    def _tell(self, what: Callable[[RegistryListener], None]) -> None:
         for listener in self._listeners:
-            listener.loaded(adapter)
+            try:
+                what(listener)
+            except Exception:  # a defect of its own, which must not leave a change half done
+                log.exception("a listener failed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lorax_serve.registry.version import Adapter
 from lorax_serve.store.catalog import NameRecord
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
 from tests.registry.place import Place
+from tests.server.harness import until
 
 
 def overwrite(path: Path, content: bytes) -> None:
@@ -292,6 +294,28 @@ async def test_a_source_that_is_gone_is_tried_again_after_longer_and_longer(plac
     await reconciler.run_once()
     assert registry.is_loaded("poet")
     assert reconciler.failures == {}
+
+
+async def test_a_pass_that_breaks_is_not_the_last(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    place.write("poet", b"1")
+    passes = iter([StoreFailed("the disk"), ZeroDivisionError("a bug")])
+    run_once = reconciler.run_once
+
+    async def broken_at_first() -> None:
+        for error in passes:
+            raise error
+        await run_once()
+
+    monkeypatch.setattr(reconciler, "run_once", broken_at_first)
+    running = asyncio.create_task(reconciler.run_for_ever(0))
+    await until(lambda: registry.is_loaded("poet"))
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
 
 
 async def test_content_that_was_lost_is_fetched_again(place: Place) -> None:

@@ -113,6 +113,31 @@ async def test_a_loader_that_breaks_does_not_block_the_name(root: Path) -> None:
     assert (await registry.load("one")).name == "one"
 
 
+async def test_a_listener_that_breaks_leaves_no_change_half_done(root: Path) -> None:
+    class Broken(RegistryListener):
+        def loaded(self, adapter: Adapter) -> None:
+            raise ZeroDivisionError("a bug")
+
+        changed = unloaded = loaded
+
+        def refused(self, name: str, error: LoraxError) -> None:
+            raise ZeroDivisionError("a bug")
+
+    loader, listener = ScriptedLoader(), Refusals()
+    registry = AdapterRegistry(loader, InPlace(root), [Broken(), listener])
+    await registry.load("one")
+    loader.answer = "v2"
+    assert (await registry.load("one")).info.digest == "v2"
+    await turns()
+    assert len(loader.held) == 1
+    loader.answer = Overloaded("full")
+    with pytest.raises(Overloaded):
+        await registry.load("two", "one")
+    assert listener.reasons == [("two", "Overloaded")]
+    assert await registry.unload("one") == Freed(host=10)
+    assert (loader.held, registry.adapters()) == (set(), [])
+
+
 @pytest.mark.parametrize("path", ["x" * 300, "one/" + "y/" * 3000, "loop", "loop/deeper", "file"])
 async def test_paths_that_no_directory_can_have(root: Path, path: str) -> None:
     (root / "loop").symlink_to(root / "loop")
