@@ -400,6 +400,7 @@ class AdapterRegistry:
             raise
         adapter.version = recorded.sequence
         self._versions.flip(adapter)
+        self._backoff.succeeded(name)
         self._versions.clean(recorded.unreferenced)
         return adapter
 
@@ -408,12 +409,12 @@ class AdapterRegistry:
         self._backoff.check(name)
         failure: LoraxError
         try:
-            adapter = await self.load(name)
+            await self._check_unrecorded(name)
+            return await self.load(name)
+        except AdapterConflict:  # somebody loads it
+            raise
         except LoraxError as error:
             failure = error
-        else:
-            self._backoff.succeeded(name)
-            return adapter
         # Who sent the request has asked for no load: say which adapter this is about.
         if isinstance(failure, SourceFailed) and failure.reason is SourceReason.NOT_FOUND:
             failure = AdapterNotFound(f"adapter_id {name!r} is not loaded, and {failure}")
@@ -422,6 +423,17 @@ class AdapterRegistry:
             failure = AdapterRejected(failure.reason, text, failure.report)
         self._backoff.failed(name, failure)
         raise failure
+
+    async def _check_unrecorded(self, name: str) -> None:
+        """Refuse to load for a request what means something already, which cannot be served."""
+        assert isinstance(self._library, Library)
+        record = await self._library.find(name)
+        if record is not None and name not in self._names:
+            raise AdapterNotFound(
+                f"adapter_id {name!r} is not loaded: it means the digest {record.digest:.12}, "
+                "which cannot be served now (the server's log says why); load or upload it again "
+                "to replace that"
+            )
 
     async def _update(self, adapter: Adapter, weight: int | None, pinned: bool | None) -> Adapter:
         try:

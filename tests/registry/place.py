@@ -17,7 +17,13 @@ from lorax_serve.sources import FetchLimits, open_source
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE, digest_of
 from tests.registry.bare_engine import BareEngine
 
-__all__ = ["Engine", "Place"]
+__all__ = ["Engine", "Place", "overwrite"]
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """Write to a file that is read-only."""
+    path.chmod(0o644)
+    path.write_bytes(content)
 
 
 class Engine(BareEngine):

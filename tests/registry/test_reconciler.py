@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -12,13 +11,8 @@ from lorax_serve.errors import AdapterRejected, SourceFailed, StoreFailed
 from lorax_serve.registry.version import Adapter
 from lorax_serve.store.catalog import NameRecord
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
-from tests.registry.place import Place
+from tests.registry.place import Place, overwrite
 from tests.server.harness import until
-
-
-def overwrite(path: Path, content: bytes) -> None:
-    path.chmod(0o644)
-    path.write_bytes(content)
 
 
 async def test_a_restart_serves_what_was_acknowledged(place: Place) -> None:

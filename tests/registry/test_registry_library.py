@@ -29,7 +29,7 @@ from lorax_serve.registry.version import Adapter, AdapterState
 from lorax_serve.sources import FetchLimits
 from lorax_serve.store.content import ContentStore
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
-from tests.registry.place import Engine, Place
+from tests.registry.place import Engine, Place, overwrite
 from tests.server.harness import until
 
 
@@ -261,6 +261,31 @@ async def test_what_failed_is_left_alone_for_a_while(place: Place) -> None:
     assert place.engine.loads == 1
     place.write("poet", b"good")
     assert (await registry.load("poet")).name == "poet"  # an operator need not wait
+
+
+async def test_what_failed_is_loaded_at_once_after_somebody_has_loaded_it(place: Place) -> None:
+    registry = place.start(on_demand=True)
+    place.write("poet", b"bad")
+    with pytest.raises(AdapterRejected):
+        await registry.admit("poet")
+    place.write("poet", b"good")
+    await registry.load("poet")
+    await registry.unload("poet")
+    assert (await registry.admit("poet")).name == "poet"
+
+
+async def test_a_name_that_cannot_be_restored_is_not_replaced_on_demand(place: Place) -> None:
+    registry = place.start(on_demand=True)
+    kept = place.write("copy", b"1")
+    await registry.load("poet", "copy")
+    other = place.write("poet", b"2")
+    place.stop()
+    overwrite(place.state / "adapters" / kept / WEIGHTS_FILE, b"X")
+    registry = place.start(on_demand=True)
+    with pytest.raises(AdapterNotFound, match=rf"'poet' .* means the digest {kept[:12]}, which"):
+        await registry.admit("poet")
+    assert place.engine.held == {}
+    assert (await registry.load("poet")).info.digest == other
 
 
 @pytest.mark.parametrize("reason", [SourceReason.NOT_FOUND, SourceReason.UNAVAILABLE])
