@@ -114,8 +114,9 @@ class AdapterRegistry:
             await self._together(base, lambda: self._load_on_demand(base))
         elif digest is not None and base in self._names:
             found = await self._earlier_digest(base, digest)
-            if found is not None:
-                await self._together(f"{base}@{found}", lambda: self._reload(base, found))
+            if found is None:
+                raise AdapterNotFound(await self._no_such_version(base, digest))
+            await self._together(f"{base}@{found}", lambda: self._reload(base, found))
         return self.acquire(name)
 
     async def admit_together(self, named: Sequence[AdapterScale]) -> Adapter:
@@ -533,6 +534,15 @@ class AdapterRegistry:
         """The whole digest of an earlier version that begins with ``digest``; the last, if None."""
         history = await self._library.history(name)
         return next((each for each in history if each.startswith(digest or "")), None)
+
+    async def _no_such_version(self, name: str, digest: str) -> str:
+        current = self._names.get(name)
+        earlier = ", ".join(each[:12] for each in await self._library.history(name))
+        means = "nothing" if current is None else current.info.digest[:12]
+        return (
+            f"adapter_id {name!r} has no version {digest}; it means {means} now, its earlier "
+            f"versions are: {earlier or 'none'}"
+        )
 
     async def _together(self, what: str, load: Callable[[], Coroutine[Any, Any, Adapter]]) -> None:
         """Load once for all requests that wait for it."""
