@@ -188,9 +188,11 @@ class Server:
 
     async def _load(self) -> None:
         root = self._config.adapters
-        if root is not None and not root.is_dir():
-            raise InvalidRequest(f"adapters: no such directory: {root}")
         library = self._open_library()
+        # What was acknowledged is served without: it may be on a disk that is not mounted.
+        kept = library is not None and await library.names()
+        if root is not None and not root.is_dir() and not kept:
+            raise InvalidRequest(f"adapters: no such directory: {root}")
         self._engine = engine = await self._start_engine(self._config.engine)
         files = InPlace(root) if library is None else library
         registry = AdapterRegistry(
