@@ -32,6 +32,18 @@ VARIANTS = (
     everywhere(trainable_token_indices=[3, 9, 77, 20], bias="all"),
 )
 
+# And how many batches a quick run has.
+MODES: tuple[tuple[str, dict[str, Any], int, list[pytest.MarkDecorator]], ...] = (
+    ("float32-torch", {"dtype": "float32", "kernels": "torch"}, 30, []),
+    ("float32-compiled", {"dtype": "float32", "kernels": "compiled"}, 50, [needs_kernels]),
+    (
+        "bfloat16-invariant",
+        {"dtype": "bfloat16", "kernels": "compiled", "batch_invariant": True},
+        120,
+        [needs_kernels],
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -165,19 +177,9 @@ def logprobs_of(outputs: list[TokenOutput]) -> list[object]:
 @pytest.mark.parametrize(
     ("mode", "batches"),
     [
-        pytest.param({"dtype": "float32", "kernels": "torch"}, 30, id="float32-torch"),
-        pytest.param(
-            {"dtype": "float32", "kernels": "compiled"},
-            50,
-            id="float32-compiled",
-            marks=needs_kernels,
-        ),
-        pytest.param(
-            {"dtype": "bfloat16", "kernels": "compiled", "batch_invariant": True},
-            120,
-            id="bfloat16-invariant",
-            marks=needs_kernels,
-        ),
+        pytest.param(mode, count, id=f"{name}-{count}", marks=marks)
+        for name, mode, few, needs in MODES
+        for count, marks in ((few, needs), (200, [*needs, pytest.mark.slow]))
     ],
 )
 def test_neighbours_change_nothing(
