@@ -569,7 +569,9 @@ class AdapterRegistry:
     def _begin(self, name: str) -> None:
         """Keep other changes of the name away, until it is taken from ``_loading``."""
         if name in self._loading:
-            raise AdapterConflict(f"adapter {name!r} is being loaded by another call")
+            raise AdapterConflict(
+                f"adapter {name!r} is being loaded by another call; try again when that has ended"
+            )
         self._loading.add(name)
 
 
