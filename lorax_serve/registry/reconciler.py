@@ -74,7 +74,8 @@ class Reconciler:
         records = {record.name: record for record in await self._library.names()}
         for record in records.values():
             if not self._registry.is_loaded(record.name):
-                await self._try(record.name, partial(self._restore, record))
+                version = f"{record.name}@{record.digest}"
+                await self._try(record.name, partial(self._restore, record), version=version)
         listing = await self._listing()
         if listing is None:
             return
@@ -169,11 +170,23 @@ class Reconciler:
         return found
 
     async def _try(
-        self, name: str, work: Callable[[], Awaitable[object]], signature: str = ""
+        self,
+        name: str,
+        work: Callable[[], Awaitable[object]],
+        signature: str = "",
+        version: str | None = None,
     ) -> bool:
-        """Do ``work`` unless it is to be left alone now; whether it was done."""
+        """Do ``work`` unless it is to be left alone now; whether it was done.
+
+        Args:
+            name: what it is about.
+            work: fails with a ``LoraxError``.
+            signature: of the files; if they are refused, only other ones are tried again.
+            version: what is left alone after a failure, if not all of ``name``.
+        """
+        version = version or name
         try:
-            self._backoff.check(name)
+            self._backoff.check(version)
         except LoraxError:
             return False
         try:
@@ -186,10 +199,10 @@ class Reconciler:
                 self._refused[name] = signature
                 log.error("adapter %s refused: %s", name, error)
             else:
-                seconds = self._backoff.failed(name, error)
+                seconds = self._backoff.failed(version, error)
                 log.error("%s failed, to be tried again in %.0f s: %s", name, seconds, error)
             return False
-        self._backoff.succeeded(name)
+        self._backoff.succeeded(version)
         self._refused.pop(name, None)
         self.failures.pop(name, None)
         return True

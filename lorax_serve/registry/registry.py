@@ -346,8 +346,12 @@ class AdapterRegistry:
             with self._versions.telling(name):
                 check_name(name)
                 async with library.fetch(name) as fetched:
-                    if not await library.turns_down(name, fetched):
-                        await self._bring_in(name, fetched, None, None)
+                    if await library.turns_down(name, fetched):
+                        return
+                    weight = pinned = None
+                    if record is not None and name not in self._names:  # it was not restored
+                        weight, pinned = record.weight, record.pinned
+                    await self._bring_in(name, fetched, weight, pinned)
         finally:
             self._loading.discard(name)
 

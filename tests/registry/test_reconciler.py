@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from pathlib import Path
 
 import pytest
 
-from lorax_serve.errors import AdapterRejected, SourceFailed, StoreFailed
+from lorax_serve.core import AdapterInfo
+from lorax_serve.errors import AdapterRejected, Overloaded, SourceFailed, StoreFailed
 from lorax_serve.registry.version import Adapter
 from lorax_serve.store.catalog import NameRecord
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
@@ -363,6 +365,29 @@ async def test_content_that_is_fetched_again_keeps_weight_and_pin(place: Place) 
     await place.reconciler(registry).run_once()
     adapter = registry.acquire("poet")
     assert (adapter.weight, adapter.pinned, place.engine.pinned) == (7, True, {adapter.key})
+
+
+async def test_what_takes_the_place_of_what_was_not_restored_keeps_weight_and_pin(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    first = place.write("poet", b"1")
+    await registry.load("poet", weight=7, pinned=True)
+    second = place.write("poet", b"2")
+    registry = place.start()
+    load = place.engine.load_adapter
+
+    async def too_large_at_first(version: int, path: str) -> AdapterInfo:
+        if Path(path).name == first:
+            raise Overloaded("it does not fit")
+        return await load(version, path)
+
+    monkeypatch.setattr(place.engine, "load_adapter", too_large_at_first)
+    reconciler = place.reconciler(registry)
+    await reconciler.run_once()
+    adapter = registry.acquire("poet")
+    assert reconciler.failures == {}
+    assert (adapter.info.digest, adapter.weight, adapter.pinned) == (second, 7, True)
 
 
 async def test_a_roll_back_that_is_lost_is_not_replaced_by_what_it_went_back_from(
