@@ -544,8 +544,8 @@ class AdapterRegistry:
         earlier = ", ".join(each[:12] for each in await self._library.history(name))
         means = "nothing" if current is None else current.info.digest[:12]
         return (
-            f"adapter_id {name!r} has no version {digest}; it means {means} now, its earlier "
-            f"versions are: {earlier or 'none'}"
+            f"adapter_id {f'{name}@{digest}'!r} is not loaded; {name!r} means {means} now, its "
+            f"earlier versions are: {earlier or 'none'}"
         )
 
     async def _together(self, what: str, load: Callable[[], Coroutine[Any, Any, Adapter]]) -> None:

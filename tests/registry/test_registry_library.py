@@ -49,7 +49,7 @@ async def test_a_name_and_its_versions_by_digest(place: Place) -> None:
         registry.acquire(f"poet@{'0' * 12}")
     with pytest.raises(InvalidRequest, match="12 to 64 hexadecimal digits"):
         registry.acquire(f"poet@{one[:11]}")
-    message = f"'poet' has no version 0{{12}}; it means {two[:12]} now, .* are: {one[:12]}$"
+    message = f"'poet@0{{12}}' is not loaded; 'poet' means {two[:12]} now, .* are: {one[:12]}$"
     with pytest.raises(AdapterNotFound, match=message):
         await registry.admit(f"poet@{'0' * 12}")
 
