@@ -14,7 +14,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from benchmarks.ours import GrpcServer
 from benchmarks.plot import Chart
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import AdapterInfo
-from lorax_serve.frontend.library import Library
-from lorax_serve.frontend.reconciler import Reconciler
-from lorax_serve.frontend.registry import AdapterRegistry
 from lorax_serve.model.source import cache_dir, resolve_model
+from lorax_serve.registry.library import Library
+from lorax_serve.registry.reconciler import Reconciler
+from lorax_serve.registry.registry import AdapterRegistry
 from lorax_serve.sources import FetchLimits, open_source
 
 CASES = {
@@ -161,25 +161,29 @@ async def one_case(
 
 
 async def in_turns(few: Side, many: Side, options: argparse.Namespace) -> dict[str, float]:
-    """Fill both servers up; then they load one more each, by turns, and list what they have."""
+    """Fill both servers up; then they load one more each, by turns; in the end they list them."""
     loads = options.repeats * options.loads
     await few.load(options.few - 1)
     await many.load(options.many - loads)
     sides = {"few": few, "many": many}
     for side in sides.values():
         side.server.pause()
-    rounds = []
-    for number in range(loads):
+
+    async def turns(
+        number: int, what: str, work: Callable[[Side], Awaitable[float]]
+    ) -> dict[str, float]:
         figures = {}
         for name, side in list(sides.items())[:: -1 if number % 2 else 1]:
             side.server.resume()
-            figures[f"load_ms_{name}"] = await side.load_alone()
-            figures[f"list_ms_{name}"] = await side.list()
+            figures[f"{what}_ms_{name}"] = await work(side)
             side.server.pause()
-        rounds.append(figures)
+        return figures
+
+    # Listing a thousand would leave a server's caches to its next load in another state.
+    found = medians([await turns(number, "load", Side.load_alone) for number in range(loads)])
+    found |= medians([await turns(number, "list", Side.list) for number in range(options.loads)])
     for side in sides.values():
         side.server.resume()
-    found = medians(rounds)
     # A process's clock ticks in steps of several milliseconds: their sum is right, each is not.
     found |= {f"cpu_ms_{name}": digits(side.cpu / loads) for name, side in sides.items()}
     found |= {

@@ -28,11 +28,13 @@ __all__ = [
 
 @dataclass(slots=True)
 class Trace:
-    """What happened to one request: when it was sent, and when each token came (perf_counter)."""
+    """What happened to one request: when it was sent, when each token came (perf_counter), and the
+    tokens' ids, from ``ours.OfflineEngine``."""
 
     request: Request
     sent: float
     tokens: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
 
     @property
     def ttft(self) -> float:

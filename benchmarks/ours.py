@@ -75,6 +75,7 @@ class OfflineEngine:
                 done.set_exception(RuntimeError(output.error))
                 return
             trace.tokens.append(time.perf_counter())
+            trace.token_ids.append(output.token_id)
             if output.stop_reason is not StopReason.NOT_FINISHED:
                 done.set_result(None)
 
@@ -82,7 +83,9 @@ class OfflineEngine:
             request_id=next(self._ids),
             tokens=request.prompt,
             adapter=None if request.adapter is None else self._versions[request.adapter],
-            sampling=SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, seed=request.seed),
+            sampling=SamplingParams(
+                temperature=_temperature(request), top_p=TOP_P, seed=request.seed
+            ),
             max_new_tokens=request.new_tokens,
             min_new_tokens=0,
             eos_token_ids=frozenset(),
@@ -209,7 +212,7 @@ class GrpcServer:
             request.prompt,
             adapter=request.adapter,
             max_new_tokens=request.new_tokens,
-            temperature=TEMPERATURE,
+            temperature=_temperature(request),
             top_p=TOP_P,
             seed=request.seed,
             ignore_eos=True,
@@ -272,6 +275,10 @@ class GrpcServer:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+def _temperature(request: Request) -> float:
+    return 0.0 if request.greedy else TEMPERATURE
 
 
 def _engine_flags(config: EngineConfig) -> list[str]:

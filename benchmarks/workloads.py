@@ -38,7 +38,7 @@ class Request:
     """One request: token ids, how many to generate, for which adapter, and when.
 
     ``arrival`` is in seconds from the start of the run. Sampling is the same for all, but for the
-    seed.
+    seed; ``greedy`` requests, which peers do not know, take the most probable tokens instead.
     """
 
     prompt: tuple[int, ...]
@@ -46,6 +46,7 @@ class Request:
     adapter: str | None = None
     arrival: float = 0.0
     seed: int = 0
+    greedy: bool = False
 
 
 def fixed_shape(

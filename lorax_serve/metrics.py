@@ -25,10 +25,10 @@ from lorax_serve import __version__
 from lorax_serve.core import AdapterStats, EngineStats, StopReason, TokenOutput
 from lorax_serve.engine.messages import StepReport
 from lorax_serve.errors import AdapterRejected, InvalidRequest, LoraxError, SourceFailed
-from lorax_serve.frontend.compositions import Composed
-from lorax_serve.frontend.events import RegistryListener
 from lorax_serve.frontend.generator import RequestListener, TextStream
-from lorax_serve.frontend.version import Adapter
+from lorax_serve.registry.compositions import Composed
+from lorax_serve.registry.events import RegistryListener
+from lorax_serve.registry.version import Adapter
 
 __all__ = [
     "BASE_LABEL",

@@ -91,7 +91,8 @@ def _watch(client: Any, options: argparse.Namespace) -> None:
         what = [time.strftime("%H:%M:%S"), event.kind, event.name]
         if event.adapter is not None:
             each = event.adapter
-            what += [each.state, f"version {each.version}", each.digest[:12]]
+            state = each.state + (", pinned" if each.pinned else "")
+            what += [state, f"version {each.version}", f"weight {each.weight}", each.digest[:12]]
         if event.message:
             what.append(f"{event.reason}: {event.message}" if event.reason else event.message)
         print("  ".join(filter(None, what)), flush=True)

@@ -1,4 +1,4 @@
-"""The server process's half of serving: text, names of adapters, and the link to the engine.
+"""The server process's half of serving: text, and the link to the engine.
 
 Knows asyncio, the tokenizer and the engine's messages; knows neither gRPC nor any model code.
 """

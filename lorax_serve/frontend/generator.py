@@ -13,9 +13,9 @@ from lorax_serve.core import ChatMessage, GenerateRequest, ModelInfo, StopReason
 from lorax_serve.engine.messages import Submit
 from lorax_serve.errors import Draining, EngineFailed, InvalidRequest
 from lorax_serve.frontend.async_engine import AsyncEngine
-from lorax_serve.frontend.registry import AdapterRegistry
 from lorax_serve.frontend.text import Detokenizer, StopMatcher, Tokenizer
-from lorax_serve.frontend.version import Adapter
+from lorax_serve.registry.registry import AdapterRegistry
+from lorax_serve.registry.version import Adapter
 
 __all__ = ["RequestListener", "TextChunk", "TextGenerator", "TextStream"]
 

@@ -33,6 +33,7 @@ struct Rows {
   int32_t num_rows;
   int32_t num_decodes;      // the first rows, each of another sequence
   int32_t num_prompts;
+  int32_t by_rows;          // whether prompts' rows are attended as decoding rows are, bit for bit
 };
 
 // By halves, as Hugging Face checkpoints expect it.
@@ -60,15 +61,15 @@ constexpr int MAX_DIM = 256;
 // scores[g][0..length) = scale * keys @ q[g] for G heads; a row of scores has room for a multiple
 // of 16. The values at the same positions are fetched meanwhile: they are read next.
 template <class E, int G>
-void score(const typename E::T* q, const typename E::T* keys, const typename E::T* values, int dim,
-           int length, float scale, float* scores, long ld) {
-  using Part = decltype(E::part(E::load(q), 0));
+void score(const typename E::T* const* q, const typename E::T* keys, const typename E::T* values,
+           int dim, int length, float scale, float* scores, long ld) {
+  using Part = decltype(E::part(E::load(*q), 0));
   Part parts[MAX_DIM / E::DOT * E::PARTS][G];
   const int blocks = dim / E::DOT;
   for (int b = 0; b < blocks; b++)
     for (int i = 0; i < E::PARTS; i++)
       for (int g = 0; g < G; g++)
-        parts[b * E::PARTS + i][g] = E::part(E::load(q + g * dim + b * E::DOT), i);
+        parts[b * E::PARTS + i][g] = E::part(E::load(q[g] + b * E::DOT), i);
   V acc[G][8];
   for (int p = 0; p < length; p += 8) {
     for (int i = 0; i < 8; i++) {
@@ -110,57 +111,85 @@ inline float exponentials(float* scores, int length) {
   return 1.0f / sum(total);
 }
 
-// G heads' weighted sums of values, N registers of 16 columns.
+// G heads' weighted sums of values, N registers of 16 columns. What heads see beyond the first one's
+// length is added head by head: each sum is in one order, whatever heads are beside it.
 template <class E, int G, int N>
 void weigh(const float* scores, long ld_scores, const float* norms, const typename E::T* values,
-           int dim, int length, typename E::T* out) {
-  V acc[G][N];
+           int dim, const int* lengths, int column, typename E::T* const* out) {
+  V acc[G][N], v[N];
   for (int g = 0; g < G; g++)
     for (int n = 0; n < N; n++) acc[g][n] = zero();
-  for (int p = 0; p < length; p++) {
-    V v[N];
-    for (int n = 0; n < N; n++) v[n] = E::widen(values + long(p) * dim + n * PANEL);
-    for (int g = 0; g < G; g++) {
-      const V weight = all(scores[g * ld_scores + p]);
-      for (int n = 0; n < N; n++) acc[g][n] = fma(weight, v[n], acc[g][n]);
-    }
+  const auto fetch = [&](int p) {
+    for (int n = 0; n < N; n++) v[n] = E::widen(values + long(p) * dim + column + n * PANEL);
+  };
+  const auto add = [&](int g, int p) {
+    const V weight = all(scores[g * ld_scores + p]);
+    for (int n = 0; n < N; n++) acc[g][n] = fma(weight, v[n], acc[g][n]);
+  };
+  for (int p = 0; p < lengths[0]; p++) {
+    fetch(p);
+    for (int g = 0; g < G; g++) add(g, p);
   }
+  for (int g = 1; g < G; g++)
+    for (int p = lengths[0]; p < lengths[g]; p++) {
+      fetch(p);
+      add(g, p);
+    }
   for (int g = 0; g < G; g++)
     for (int n = 0; n < N; n++)
-      E::narrow(out + g * dim + n * PANEL, acc[g][n] * all(norms[g]));
+      E::narrow(out[g] + column + n * PANEL, acc[g][n] * all(norms[g]));
 }
 
-template <class E, int N>
-void weigh_heads(int group, const float* scores, long ld, const float* norms,
-                 const typename E::T* values, int dim, int length, typename E::T* out) {
-  for (; group >= 4; group -= 4, scores += 4 * ld, norms += 4, out += 4 * dim)
-    weigh<E, 4, N>(scores, ld, norms, values, dim, length, out);
-  if (group == 3) weigh<E, 3, N>(scores, ld, norms, values, dim, length, out);
-  if (group == 2) weigh<E, 2, N>(scores, ld, norms, values, dim, length, out);
-  if (group == 1) weigh<E, 1, N>(scores, ld, norms, values, dim, length, out);
-}
+constexpr int HEADS = 6;   // that share what is read; their sums of values fill the registers
 
-// One decoding row and kv head, for all query heads of the group. scratch: group rows of scores.
-template <class E>
-void attend_head(const typename E::T* q, const typename E::T* keys, const typename E::T* values,
-                 int group, int dim, int length, float scale, float* scratch, long ld,
-                 typename E::T* out) {
-  using T = typename E::T;
-  float norms[64];
-  int done = 0;
-  for (; done + 4 <= group; done += 4)
-    score<E, 4>(q + done * dim, keys, values, dim, length, scale, scratch + done * ld, ld);
-  const T* rest = q + done * dim;
-  float* place = scratch + done * ld;
-  if (group - done == 3) score<E, 3>(rest, keys, values, dim, length, scale, place, ld);
-  if (group - done == 2) score<E, 2>(rest, keys, values, dim, length, scale, place, ld);
-  if (group - done == 1) score<E, 1>(rest, keys, values, dim, length, scale, place, ld);
-  for (int g = 0; g < group; g++) norms[g] = exponentials(scratch + g * ld, length);
+// G query heads of one kv head; each sees at least as much as the one before. scratch: G rows of
+// scores.
+template <class E, int G>
+void attend_heads(const typename E::T* const* q, const typename E::T* keys,
+                  const typename E::T* values, int dim, const int* lengths, float scale,
+                  float* scratch, long ld, typename E::T* const* out) {
+  float norms[G];
+  score<E, G>(q, keys, values, dim, lengths[G - 1], scale, scratch, ld);
+  for (int g = 0; g < G; g++) norms[g] = exponentials(scratch + g * ld, lengths[g]);
   int d = 0;
   for (; d + WIDE * PANEL <= dim; d += WIDE * PANEL)
-    weigh_heads<E, WIDE>(group, scratch, ld, norms, values + d, dim, length, out + d);
+    weigh<E, G, WIDE>(scratch, ld, norms, values, dim, lengths, d, out);
   for (; d + PANEL <= dim; d += PANEL)
-    weigh_heads<E, 1>(group, scratch, ld, norms, values + d, dim, length, out + d);
+    weigh<E, G, 1>(scratch, ld, norms, values, dim, lengths, d, out);
+}
+
+// Rows of one sequence that follow each other (one, if it decodes) and one kv head, for all query
+// heads of the group: in the same order whatever rows are beside it. q and out are the first row's;
+// `first` its position. scratch: HEADS rows of scores.
+template <class E>
+void attend_rows(const typename E::T* q, long q_width, const typename E::T* keys,
+                 const typename E::T* values, int rows, int group, int dim, int first, float scale,
+                 float* scratch, long ld, typename E::T* out, long out_width) {
+  const int count = rows * group, tiles = (count + HEADS - 1) / HEADS;
+  for (int t = 0; t < tiles; t++) {  // of nearly equal height
+    const int begin = count * t / tiles, end = count * (t + 1) / tiles;
+    const typename E::T* qs[HEADS];
+    typename E::T* outs[HEADS];
+    int lengths[HEADS];
+    for (int m = begin; m < end; m++) {
+      const int row = m / group, head = m % group;
+      qs[m - begin] = q + row * q_width + head * dim;
+      outs[m - begin] = out + row * out_width + head * dim;
+      lengths[m - begin] = first + row + 1;
+    }
+    const auto attend = [&](auto heads) {
+      attend_heads<E, decltype(heads)::value>(qs, keys, values, dim, lengths, scale, scratch, ld,
+                                              outs);
+    };
+    switch (end - begin) {
+      case 6: attend(std::integral_constant<int, 6>()); break;
+      case 5: attend(std::integral_constant<int, 5>()); break;
+      case 4: attend(std::integral_constant<int, 4>()); break;
+      case 3: attend(std::integral_constant<int, 3>()); break;
+      case 2: attend(std::integral_constant<int, 2>()); break;
+      case 1: attend(std::integral_constant<int, 1>()); break;
+    }
+  }
 }
 
 constexpr int QUERY_ROWS = 32;   // rows of a prompt that a task takes
@@ -209,13 +238,13 @@ struct Scratch {
 
   static long floats(int group, int dim, int max_length) {
     const long queries = long(QUERY_ROWS) * group;
-    return group * long(max_length + PANEL) + 2 * queries * dim + 2 * queries +
+    return HEADS * long(max_length + PANEL) + 2 * queries * dim + 2 * queries +
            2 * long(KEYS) * dim + TILE * KEYS;
   }
   Scratch(float* place, int group, int dim, int max_length) : ld(max_length + PANEL) {
     const long queries_count = long(QUERY_ROWS) * group;
     scores = place;
-    out = scores + group * ld;
+    out = scores + HEADS * ld;
     most = out + queries_count * dim;
     sum = most + queries_count;
     queries = (typename E::Row*)(sum + queries_count);
@@ -357,19 +386,25 @@ void attend(const Attention& a, const Rows& rows, typename E::T* qkv, typename E
     for (int task = 0; task < blocks * a.kv_heads; task++) {
       const int h = task % a.kv_heads;
       const int r = prompt.start + (blocks - 1 - task / a.kv_heads) * QUERY_ROWS;
+      const int count = std::min(QUERY_ROWS, prompt.end - r);
       const long at = cached(r, h);
-      attend_prompt<E>(qkv + r * width + h * group * dim, width, keys + at, values + at,
-                       std::min(QUERY_ROWS, prompt.end - r), group, dim, rows.position[r], a.scale,
-                       own, out + r * out_width + h * group * dim, out_width);
+      const T* q = qkv + r * width + h * group * dim;
+      T* to = out + r * out_width + h * group * dim;
+      if (rows.by_rows)
+        attend_rows<E>(q, width, keys + at, values + at, count, group, dim, rows.position[r],
+                       a.scale, own.scores, own.ld, to, out_width);
+      else
+        attend_prompt<E>(q, width, keys + at, values + at, count, group, dim, rows.position[r],
+                         a.scale, own, to, out_width);
     }
   }
 #pragma omp for schedule(dynamic, 1) nowait
   for (int task = 0; task < rows.num_decodes * a.kv_heads; task++) {
     const int r = task / a.kv_heads, h = task % a.kv_heads;
     const long at = cached(r, h);
-    attend_head<E>(qkv + r * width + h * group * dim, keys + at, values + at, group, dim,
-                   rows.position[r] + 1, a.scale, own.scores, own.ld,
-                   out + r * out_width + h * group * dim);
+    attend_rows<E>(qkv + r * width + h * group * dim, width, keys + at, values + at, 1, group, dim,
+                   rows.position[r], a.scale, own.scores, own.ld,
+                   out + r * out_width + h * group * dim, out_width);
   }
 }
 

@@ -110,4 +110,5 @@ class RowsArgs(ctypes.Structure):
         ("num_rows", c_int32),
         ("num_decodes", c_int32),
         ("num_prompts", c_int32),
+        ("by_rows", c_int32),
     )

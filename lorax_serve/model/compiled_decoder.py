@@ -39,8 +39,8 @@ class CompiledDecoder:
     Args:
         weights: of the model.
         max_length: of the rows of the KV cache.
-        batch_invariant: attend to prompts as to tokens that decode, row by row: one kernel, one
-            order of summation, so that a row's bits do not depend on how its prompt was cut.
+        batch_invariant: attend to prompts as to tokens that decode: one kernel, one order of
+            summation, so that a row's bits do not depend on how its prompt was cut.
 
     Attributes:
         lora: the device's adapter slots.
@@ -76,9 +76,7 @@ class CompiledDecoder:
         rows = len(batch.token_ids)
         self._reserve(rows)
         x = F.embedding(batch.token_ids, self._embedding)
-        prompts, decodes = batch.prompts, batch.num_decodes
-        if self._batch_invariant:
-            prompts, decodes = (), rows
+        prompts = batch.prompts
         lora = None
         if batch.lora is not None:
             batch.lora.embed(batch.token_ids, x)
@@ -88,8 +86,9 @@ class CompiledDecoder:
             batch.positions.data_ptr(),
             (PromptArgs * len(prompts))(*(PromptArgs(each.start, each.end) for each in prompts)),
             rows,
-            decodes,
+            batch.num_decodes,
             len(prompts),
+            self._batch_invariant,
         )
         row_address = ctypes.addressof(row_args)
         linear, attend = self.kernels.linear, self.kernels.attend
@@ -253,5 +252,3 @@ def check_sizes(spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> 
             raise KernelsUnavailable(f"{name} {size} is not a multiple of {unit}")
     if spec.head_dim > 256:
         raise KernelsUnavailable(f"head_dim {spec.head_dim} is more than 256")
-    if spec.num_heads // spec.num_kv_heads > 64:
-        raise KernelsUnavailable("more than 64 query heads share a key")

@@ -118,7 +118,7 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Run a prompt and a decoding step, so that the first request finds everything built."""
-        probe = Sequence(0, [0] * 8, 8, None, SamplingParams(), 1, 0, frozenset(), kv_slot=0)
+        probe = Sequence(0, [0] * 8, 7, None, SamplingParams(), 1, 0, frozenset(), kv_slot=0)
         self.run(Batch(prefills=[(probe, 8)]))
         probe.computed = 7
         self.run(Batch(decodes=[probe]))
@@ -133,8 +133,11 @@ class ModelRunner:
         if not batch:
             return []
         # Decoding rows in the order of their KV slots, so that attention reads the cache in place.
-        decodes = sorted(batch.decodes, key=lambda s: s.kv_slot)
-        chunks = [(s, s.computed, s.computed + n) for s, n in batch.prefills]
+        decodes = sorted((s for s in batch.decodes if s.generated), key=lambda s: s.kv_slot)
+        # A prompt's last token is computed as the others were, that their bits do not depend on how
+        # it was cut.
+        last = [(s, 1) for s in batch.decodes if not s.generated]
+        chunks = [(s, s.computed, s.computed + n) for s, n in last + batch.prefills]
         hidden = self._decoder.forward(self._prepare(decodes, chunks), self._cache)
         sampled, rows, row = list(decodes), list(range(len(decodes))), len(decodes)
         slots = [s.slot_at(s.computed) for s in decodes]

@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from lorax_serve.errors import InvalidRequest
-from lorax_serve.frontend.events import AdapterWatchers
-from lorax_serve.frontend.registry import AdapterRegistry
-from lorax_serve.frontend.upload import Upload
 from lorax_serve.pb.lorax.v1 import adapter_pb2 as pb
 from lorax_serve.pb.lorax.v1 import adapter_pb2_grpc
+from lorax_serve.registry.events import AdapterWatchers
+from lorax_serve.registry.registry import AdapterRegistry
+from lorax_serve.registry.upload import Upload
 from lorax_serve.server import convert
 from lorax_serve.server.report import report_message
 

@@ -19,12 +19,7 @@ from lorax_serve.core import EngineStats, ModelInfo
 from lorax_serve.errors import InvalidRequest, LoraxError
 from lorax_serve.frontend.async_engine import AsyncEngine
 from lorax_serve.frontend.generator import TextGenerator
-from lorax_serve.frontend.in_place import InPlace
-from lorax_serve.frontend.library import Library
-from lorax_serve.frontend.reconciler import Reconciler
-from lorax_serve.frontend.registry import AdapterRegistry
 from lorax_serve.frontend.text import Tokenizer
-from lorax_serve.frontend.version import Adapter
 from lorax_serve.metrics import Metrics, MetricsServer
 from lorax_serve.pb.lorax.v1 import (
     adapter_pb2,
@@ -32,6 +27,11 @@ from lorax_serve.pb.lorax.v1 import (
     generation_pb2,
     generation_pb2_grpc,
 )
+from lorax_serve.registry.in_place import InPlace
+from lorax_serve.registry.library import Library
+from lorax_serve.registry.reconciler import Reconciler
+from lorax_serve.registry.registry import AdapterRegistry
+from lorax_serve.registry.version import Adapter
 from lorax_serve.server.adapters import AdapterServicer
 from lorax_serve.server.generation import GenerationServicer
 from lorax_serve.server.status import Guard
@@ -188,9 +188,11 @@ class Server:
 
     async def _load(self) -> None:
         root = self._config.adapters
-        if root is not None and not root.is_dir():
-            raise InvalidRequest(f"adapters: no such directory: {root}")
         library = self._open_library()
+        # What was acknowledged is served without: it may be on a disk that is not mounted.
+        kept = library is not None and await library.names()
+        if root is not None and not root.is_dir() and not kept:
+            raise InvalidRequest(f"adapters: no such directory: {root}")
         self._engine = engine = await self._start_engine(self._config.engine)
         files = InPlace(root) if library is None else library
         registry = AdapterRegistry(

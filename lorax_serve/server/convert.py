@@ -18,10 +18,10 @@ from lorax_serve.core import (
     TokenOutput,
 )
 from lorax_serve.errors import AdapterRejected, InvalidRequest, SourceFailed
-from lorax_serve.frontend.events import AdapterEvent
 from lorax_serve.frontend.text import Tokenizer
-from lorax_serve.frontend.version import Adapter, AdapterState
 from lorax_serve.pb.lorax.v1 import adapter_pb2, generation_pb2
+from lorax_serve.registry.events import AdapterEvent
+from lorax_serve.registry.version import Adapter, AdapterState
 
 __all__ = ["adapter_message", "event_message", "generate_request", "prompt_of", "token_messages"]
 

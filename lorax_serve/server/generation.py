@@ -8,10 +8,10 @@ from typing import Any
 from lorax_serve import __version__
 from lorax_serve.core import GenerateRequest, StopReason
 from lorax_serve.errors import InvalidRequest
-from lorax_serve.frontend.compositions import Composed
 from lorax_serve.frontend.generator import TextChunk, TextGenerator, TextStream
 from lorax_serve.pb.lorax.v1 import generation_pb2 as pb
 from lorax_serve.pb.lorax.v1 import generation_pb2_grpc
+from lorax_serve.registry.compositions import Composed
 from lorax_serve.server import convert
 
 __all__ = ["ADAPTER_METADATA", "GenerationServicer"]

@@ -21,7 +21,7 @@ from lorax_serve.store.schema import create_database, open_database, sqlite_erro
 
 __all__ = ["Catalog", "NameRecord", "Recorded", "Unloaded", "Version"]
 
-_COLUMNS = "name, digest, sequence, source, path, signature, weight, pinned, loaded_at"
+_COLUMNS = "name, digest, sequence, source, path, signature, weight, pinned, loaded_at, fetched"
 _MAX_WEIGHT = 100
 
 
@@ -43,6 +43,8 @@ class NameRecord(NamedTuple):
     pinned: bool
     loaded_at: float
     """Unix time."""
+    fetched: str | None = None
+    """The digest of what was last fetched, which the signature is of; None if it is not known."""
 
 
 class Version(NamedTuple):
@@ -60,6 +62,8 @@ class Unloaded(NamedTuple):
     source: str | None
     signature: str | None
     """None if it is not known: what the name meant came from elsewhere."""
+    fetched: str | None = None
+    """The digest that the signature is of; None if it is not known."""
 
 
 class Recorded(NamedTuple):
@@ -148,9 +152,18 @@ class Catalog:
             sequence = self._advance(name, digest)
             self._database.execute("DELETE FROM names WHERE name = ?", (name,))
             self._database.execute(
-                f"INSERT INTO names ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT INTO names ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 NameRecord(
-                    name, digest, sequence, source, path, signature, weight, pinned, self._clock()
+                    name,
+                    digest,
+                    sequence,
+                    source,
+                    path,
+                    signature,
+                    weight,
+                    pinned,
+                    self._clock(),
+                    None if source is None else digest,
                 ),
             )
             self._database.execute("DELETE FROM unloaded WHERE name = ?", (name,))
@@ -172,7 +185,8 @@ class Catalog:
             self._database.execute("DELETE FROM names WHERE name = ?", (name,))
             self._database.execute("DELETE FROM versions WHERE name = ?", (name,))
             own = record.source is not None and record.path == name
-            self._set_unloaded(name, record.source, record.signature if own else None)
+            signature, fetched = (record.signature, record.fetched) if own else (None, None)
+            self._set_unloaded(name, record.source, signature, fetched)
             return self._unreferenced(before)
 
     def roll_back(self, name: str, to: str | None = None) -> NameRecord:
@@ -238,12 +252,8 @@ class Catalog:
             StoreFailed, Overloaded: the disk fails or is full.
         """
         with self._transaction():
-            found = self._known(name)
-            if (found.source, found.path, found.signature) != (source, path, signature):
-                self._database.execute(
-                    "UPDATE names SET source = ?, path = ?, signature = ? WHERE name = ?",
-                    (source, path, signature, name),
-                )
+            digest = self._known(name).digest
+            self._set_origin(name, source, path, signature, None if source is None else digest)
 
     def set_unloaded(self, name: str, source: str, signature: str) -> None:
         """Note what a source has of a name that was unloaded.
@@ -252,12 +262,33 @@ class Catalog:
             StoreFailed, Overloaded: the disk fails or is full.
         """
         with self._transaction():
-            self._set_unloaded(name, source, signature)
+            self._set_unloaded(name, source, signature, None)
+
+    def turns_down(self, name: str, digest: str, source: str, signature: str) -> bool:
+        """Whether somebody has turned away from what a source has of ``name``: the name was rolled
+        back from that content, or unloaded while the source had it. Then the source's signature is
+        noted, so that the content is not fetched again until it changes.
+
+        Raises:
+            InvalidRequest: a text cannot be stored.
+            StoreFailed, Overloaded: the disk fails or is full.
+        """
+        with self._transaction():
+            for record in self._select("WHERE name = ?", name):
+                if digest == record.digest or digest != record.fetched:
+                    return False
+                self._set_origin(name, source, record.path, signature, digest)
+                return True
+            query = "SELECT EXISTS (SELECT 1 FROM unloaded WHERE name = ? AND fetched = ?)"
+            unloaded: bool = self._database.execute(query, (name, digest)).fetchone()[0]
+            if unloaded:
+                self._set_unloaded(name, source, signature, digest)
+            return bool(unloaded)
 
     def unloaded(self) -> list[Unloaded]:
         """The names that were unloaded and not loaded again since."""
         with self._reading():
-            rows = self._database.execute("SELECT name, source, signature FROM unloaded")
+            rows = self._database.execute("SELECT name, source, signature, fetched FROM unloaded")
             return [Unloaded(*row) for row in rows]
 
     def names(self) -> list[NameRecord]:
@@ -357,9 +388,21 @@ class Catalog:
     def _unreferenced(self, digests: set[str]) -> frozenset[str]:
         return frozenset(digest for digest in digests if not self._is_referenced(digest))
 
-    def _set_unloaded(self, name: str, source: str | None, signature: str | None) -> None:
+    def _set_origin(
+        self, name: str, source: str | None, path: str, signature: str, fetched: str | None
+    ) -> None:
         self._database.execute(
-            "INSERT OR REPLACE INTO unloaded VALUES (?, ?, ?)", (name, source, signature)
+            "UPDATE names SET source = ?, path = ?, signature = ?, fetched = ? WHERE name = ?",
+            (source, path, signature, fetched, name),
+        )
+
+    def _set_unloaded(
+        self, name: str, source: str | None, signature: str | None, fetched: str | None
+    ) -> None:
+        self._database.execute(
+            "INSERT OR REPLACE INTO unloaded (name, source, signature, fetched) "
+            "VALUES (?, ?, ?, ?)",
+            (name, source, signature, fetched),
         )
 
     def _set(self, name: str, column: str, value: int) -> None:

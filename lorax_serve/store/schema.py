@@ -14,15 +14,21 @@ from lorax_serve.store.disk import disk_errors, fsync, full_disk, make_directory
 __all__ = ["create_database", "open_database", "sqlite_errors"]
 
 _APPLICATION = 0x6C6F7261  # in the file's header: SQLite's field for whose file this is
-_VERSION = 2
-# What version 2 has beside version 1.
-_UNLOADED = """
+# What each version has beside the one before it.
+_ADDED = {
+    2: """
 CREATE TABLE unloaded (
     name TEXT NOT NULL PRIMARY KEY,
     source TEXT,
     signature TEXT
 );
-"""
+""",
+    3: """
+ALTER TABLE names ADD COLUMN fetched TEXT;
+ALTER TABLE unloaded ADD COLUMN fetched TEXT;
+""",
+}
+_VERSION = max(_ADDED)
 _TABLES = f"""
 BEGIN;
 CREATE TABLE counter (last_sequence INTEGER NOT NULL CHECK (typeof(last_sequence) = 'integer'));
@@ -47,7 +53,7 @@ CREATE TABLE versions (
     PRIMARY KEY (name, digest)
 );
 CREATE INDEX versions_by_digest ON versions (digest);
-{_UNLOADED}
+{"".join(_ADDED.values())}
 PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {_VERSION};
 COMMIT;
@@ -164,7 +170,8 @@ def _check(path: Path, database: sqlite3.Connection) -> None:
 def _upgrade(database: sqlite3.Connection) -> None:
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version < _VERSION:
-        database.executescript(f"BEGIN; {_UNLOADED} PRAGMA user_version = {_VERSION}; COMMIT;")
+        added = "".join(_ADDED[each] for each in range(version + 1, _VERSION + 1))
+        database.executescript(f"BEGIN; {added} PRAGMA user_version = {_VERSION}; COMMIT;")
 
 
 def _damaged(path: Path, why: str) -> StoreFailed:

@@ -6,7 +6,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,18 @@ VARIANTS = (
     everywhere(alora_invocation_tokens=list(INVOCATION)),
     everywhere(target_modules=["embed_tokens", "lm_head", "v_proj"]),
     everywhere(trainable_token_indices=[3, 9, 77, 20], bias="all"),
+)
+
+# And how many batches a quick run has.
+MODES: tuple[tuple[str, dict[str, Any], int, list[pytest.MarkDecorator]], ...] = (
+    ("float32-torch", {"dtype": "float32", "kernels": "torch"}, 30, []),
+    ("float32-compiled", {"dtype": "float32", "kernels": "compiled"}, 50, [needs_kernels]),
+    (
+        "bfloat16-invariant",
+        {"dtype": "bfloat16", "kernels": "compiled", "batch_invariant": True},
+        120,
+        [needs_kernels],
+    ),
 )
 
 
@@ -165,19 +177,9 @@ def logprobs_of(outputs: list[TokenOutput]) -> list[object]:
 @pytest.mark.parametrize(
     ("mode", "batches"),
     [
-        pytest.param({"dtype": "float32", "kernels": "torch"}, 30, id="float32-torch"),
-        pytest.param(
-            {"dtype": "float32", "kernels": "compiled"},
-            50,
-            id="float32-compiled",
-            marks=needs_kernels,
-        ),
-        pytest.param(
-            {"dtype": "bfloat16", "kernels": "compiled", "batch_invariant": True},
-            120,
-            id="bfloat16-invariant",
-            marks=needs_kernels,
-        ),
+        pytest.param(mode, count, id=f"{name}-{count}", marks=marks)
+        for name, mode, few, needs in MODES
+        for count, marks in ((few, needs), (200, [*needs, pytest.mark.slow]))
     ],
 )
 def test_neighbours_change_nothing(
@@ -201,12 +203,31 @@ def test_neighbours_change_nothing(
 
 @needs_kernels
 @pytest.mark.parametrize("batch_invariant", [True, False])
-def test_bfloat16_needs_the_mode(model: Path, adapters: list[Path], batch_invariant: bool) -> None:
-    """A prompt at once and token by token: what the test above would see without the mode."""
+def test_a_cached_answer_needs_the_mode(
+    model: Path, adapters: list[Path], batch_invariant: bool
+) -> None:
+    """A second turn that has the first answer from the cache, and one that computes it anew."""
     mode = {"dtype": "bfloat16", "kernels": "compiled", "batch_invariant": batch_invariant}
-    mode["prefix_caching"] = False
     requests = pool(random.Random(0))
+    cached = start(model, adapters, mode)
+    seconds, found = [], []
+    for request in requests:
+        (first,) = alone(cached, [request])
+        answer = [output.token_id for output in first if output.token_id is not None]
+        seconds.append(replace(request, tokens=(*request.tokens, *answer, 20, 21)))
+        found += alone(cached, seconds[-1:])
+    wanted = alone(start(model, adapters, mode, prefix_caching=False), seconds)
+    same = [logprobs_of(a) == logprobs_of(b) for a, b in zip(found, wanted, strict=True)]
+    assert all(same) == batch_invariant
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_how_a_prompt_is_cut_changes_no_bit_in_any_mode(
+    model: Path, adapters: list[Path], dtype: str
+) -> None:
+    mode = {"dtype": dtype, "kernels": "compiled", "prefix_caching": False}
+    requests = pool(random.Random(0))[::3]
     whole = alone(start(model, adapters, mode), requests)
     cut = alone(start(model, adapters, mode, max_batch_tokens=1), requests)
-    same = [logprobs_of(a) == logprobs_of(b) for a, b in zip(whole, cut, strict=True)]
-    assert all(same) == batch_invariant
+    assert [*map(logprobs_of, cut)] == [*map(logprobs_of, whole)]

@@ -68,6 +68,25 @@ def run(model: Path, adapters: list[Path], dtype: str, kernels: str) -> list[tor
     return seen
 
 
+def after_prompts(model: Path, dtype: str, chunk: int) -> torch.Tensor:
+    """Logits after prompts that the invariant mode computed in chunks; 0: as tokens that decode."""
+    config = EngineConfig(model=str(model), dtype=dtype, kernels="compiled", batch_invariant=True)
+    runner = LogitsRunner(config)
+    generator = torch.Generator().manual_seed(0)
+    for row, length in enumerate(LENGTHS):
+        tokens = torch.randint(3, 128, (length,), generator=generator).tolist()
+        sequence = Sequence(row, [], 0, None, SamplingParams(), 99, 0, frozenset())
+        sequence.kv_slot, sequence.adapter_slot = row, BASE
+        for begin in range(0, length, chunk or 1):
+            end = min(begin + (chunk or 1), length)
+            sequence.tokens, sequence.computed = tokens[:end], begin
+            if chunk:
+                runner.step(Batch(prefills=[(sequence, end - begin)]))
+            else:
+                runner.step(Batch(decodes=[sequence]))
+    return torch.stack([runner.logits[row] for row in range(len(LENGTHS))])
+
+
 def distance(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
     """Root mean square of the differences."""
     return float((torch.stack(some) - torch.stack(others)).square().mean().sqrt())
@@ -88,3 +107,12 @@ def test_logits_are_those_of_plain_torch(
     rounded = distance(run(tiny_model, adapters, "bfloat16", "torch"), exact)
     assert 1e-3 * scale < rounded < 0.1 * scale
     assert distance(run(tiny_model, adapters, "bfloat16", "compiled"), exact) < 1.1 * rounded
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_in_the_invariant_mode_a_prompt_has_the_bits_of_tokens_that_decode(
+    tiny_model: Path, dtype: str
+) -> None:
+    decoded = after_prompts(tiny_model, dtype, 0)
+    for chunk in (3, 50, 256):
+        assert torch.equal(after_prompts(tiny_model, dtype, chunk), decoded), chunk

@@ -15,11 +15,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from lorax_serve.config import EngineConfig
-from lorax_serve.errors import AdapterRejected, InvalidRequest, ModelUnsupported
+from lorax_serve.errors import AdapterRejected, InvalidRequest, ModelUnsupported, SourceFailed
 from lorax_serve.pb.lorax.v1 import generation_pb2 as pb
 from lorax_serve.pb.lorax.v1.generation_pb2_grpc import GenerationServiceStub
 from lorax_serve.server import run as run_module
 from lorax_serve.server.app import SERVICES, Server
+from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
 from tests.server.fake_engine import FakeEngine
 from tests.server.harness import Harness, config, serving, stream_request, text_request, until
 
@@ -148,6 +149,25 @@ async def test_settings_that_cannot_work_are_named(tokenizer_dir: Path, tmp_path
             await Server(config(tmp_path, port=port), start_engine).start()
         with pytest.raises(InvalidRequest, match=r"^metrics_port: cannot listen on"):
             await Server(config(tmp_path, metrics_port=port), start_engine).start()
+
+
+async def test_what_was_loaded_is_served_though_its_directory_is_gone(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    adapters, state = tmp_path / "adapters", tmp_path / "state"
+    with pytest.raises(InvalidRequest, match="adapters: no such directory"):
+        async with serving(tokenizer_dir, adapters, state=state):
+            pass
+    (adapters / "poet").mkdir(parents=True)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        (adapters / "poet" / file).write_bytes(b"good")
+    async with serving(tokenizer_dir, adapters, state=state) as harness:
+        (loaded,) = await harness.client.list_adapters()
+    adapters.rename(tmp_path / "elsewhere")
+    async with serving(tokenizer_dir, adapters, state=state) as harness:
+        (served,) = await harness.client.list_adapters()
+        assert (served.name, served.digest) == ("poet", loaded.digest)
+        assert isinstance(harness.server.refused[adapters.as_uri()], SourceFailed)
 
 
 async def test_draining_finishes_what_runs_and_takes_nothing_new(harness: Harness) -> None:

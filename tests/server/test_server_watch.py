@@ -10,8 +10,8 @@ import pytest
 
 from lorax_serve.client import AdapterEvent, Unavailable
 from lorax_serve.errors import AdapterRejected, Overloaded
-from lorax_serve.frontend import events
-from lorax_serve.frontend.events import AdapterWatchers
+from lorax_serve.registry import events
+from lorax_serve.registry.events import AdapterWatchers
 from tests.server.harness import Harness, until
 
 Told = tuple[str, str, str | None, int | None]

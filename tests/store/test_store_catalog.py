@@ -32,7 +32,7 @@ def test_what_is_recorded_is_read(catalog: Catalog, tmp_path: Path) -> None:
     )
     assert recorded == Recorded(1, frozenset())
     catalog.record_load("beta", B)
-    poet = NameRecord("poet", A, 1, "file:///x", "a/é", "etag", 7, True, 1000.0)
+    poet = NameRecord("poet", A, 1, "file:///x", "a/é", "etag", 7, True, 1000.0, A)
     beta = NameRecord("beta", B, 2, None, "", "", 1, False, 1001.0)
     for opened in (catalog, Catalog(tmp_path / CATALOG)):
         assert opened.names() == [beta, poet]
@@ -81,7 +81,7 @@ def test_rolling_back(catalog: Catalog) -> None:
     catalog.record_load("poet", C, source="file:c", signature="t", weight=5, pinned=True)
     back = catalog.roll_back("poet")
     # What the source had is still known, or the next look at it would undo this.
-    assert back == NameRecord("poet", B, 4, "file:c", "", "t", 5, True, 1003.0)
+    assert back == NameRecord("poet", B, 4, "file:c", "", "t", 5, True, 1003.0, C)
     assert catalog.get("poet") == back
     assert catalog.history("poet") == [(C, 3, 1002.0), (A, 1, 1000.0)]
     assert catalog.roll_back("poet", A).sequence == 5
@@ -131,7 +131,9 @@ def test_where_content_was_found_is_no_load(catalog: Catalog) -> None:
     catalog.record_load("poet", A, source="file:///x", path="a", signature="s", weight=3)
     catalog.record_load("poet", B, source="file:///x", path="a", signature="s", weight=3)
     catalog.set_origin("poet", "file:///y", "b", "t")
-    assert catalog.get("poet") == NameRecord("poet", B, 2, "file:///y", "b", "t", 3, False, 1001.0)
+    assert catalog.get("poet") == NameRecord(
+        "poet", B, 2, "file:///y", "b", "t", 3, False, 1001.0, B
+    )
     assert catalog.history("poet") == [(A, 1, 1000.0)]
     with pytest.raises(AdapterNotFound, match="'nobody'"):
         catalog.set_origin("nobody", None, "", "")
@@ -246,12 +248,36 @@ def test_what_was_unloaded_is_remembered_until_it_is_loaded_again(tmp_path: Path
         for name in ("own", "alias", "uploaded"):
             catalog.record_unload(name)
         assert {each.name: each[1:] for each in catalog.unloaded()} == {
-            "own": ("s3://b", "1"),
-            "alias": ("s3://b", None),
-            "uploaded": (None, None),
+            "own": ("s3://b", "1", A),
+            "alias": ("s3://b", None, None),
+            "uploaded": (None, None, None),
         }
         catalog.set_unloaded("alias", "s3://b", "3")
         catalog.record_load("own", A, source="s3://b", path="own", signature="4")
     with Catalog(tmp_path / "catalog.db") as catalog:
         unloaded = {each.name: each[1:] for each in catalog.unloaded()}
-        assert unloaded == {"alias": ("s3://b", "3"), "uploaded": (None, None)}
+        assert unloaded == {"alias": ("s3://b", "3", None), "uploaded": (None, None, None)}
+
+
+def test_what_a_name_was_rolled_back_from_is_turned_down(catalog: Catalog) -> None:
+    for content in (A, B):
+        catalog.record_load("poet", content, source="s3://b", path="poet", signature="1")
+        assert not catalog.turns_down("poet", content, "s3://b", "2")
+    catalog.roll_back("poet")
+    assert not catalog.turns_down("poet", A, "s3://b", "2")
+    assert not catalog.turns_down("poet", C, "s3://b", "2")
+    assert catalog.turns_down("poet", B, "s3://b", "2")
+    record = catalog.get("poet")
+    assert record is not None
+    assert (record.digest, record.signature, record.fetched) == (A, "2", B)
+    catalog.set_origin("poet", "s3://b", "poet", "3")
+    assert not catalog.turns_down("poet", B, "s3://b", "4"), "the source had other content"
+
+
+def test_what_was_unloaded_is_turned_down(catalog: Catalog) -> None:
+    catalog.record_load("poet", A, source="s3://b", path="poet", signature="1")
+    catalog.record_unload("poet")
+    assert not catalog.turns_down("poet", B, "s3://b", "2")
+    assert catalog.turns_down("poet", A, "s3://b", "2")
+    assert catalog.unloaded() == [("poet", "s3://b", "2", A)]
+    assert not catalog.turns_down("pilot", A, "s3://b", "2")

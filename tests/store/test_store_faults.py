@@ -195,16 +195,20 @@ def test_a_making_that_was_cut_short_is_done_again(tmp_path: Path) -> None:
 
 def test_a_newer_schema_is_refused(state: Path) -> None:
     with closing(sqlite3.connect(state / CATALOG)) as database:
-        database.execute("PRAGMA user_version = 3")
-    with pytest.raises(StoreFailed, match=f"{CATALOG} has schema 3, this server knows up to 2"):
+        database.execute("PRAGMA user_version = 4")
+    with pytest.raises(StoreFailed, match=f"{CATALOG} has schema 4, this server knows up to 3"):
         Catalog(state / CATALOG)
 
 
 def test_an_older_schema_is_brought_up_to_date(state: Path) -> None:
     with closing(sqlite3.connect(state / CATALOG)) as database:
-        database.executescript("DROP TABLE unloaded; PRAGMA user_version = 1; VACUUM")
+        database.executescript(
+            "DROP TABLE unloaded; ALTER TABLE names DROP COLUMN fetched; "
+            "PRAGMA user_version = 1; VACUUM"
+        )
     with Catalog(state / CATALOG) as catalog:
         records = catalog.names()
+        assert {record.fetched for record in records} == {None}
         catalog.record_unload(records[0].name)
     with Catalog(state / CATALOG) as catalog:
         assert catalog.names() == records[1:]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from lorax_serve.errors import AdapterConflict, SourceFailed, SourceReason
-from lorax_serve.frontend import library
-from lorax_serve.frontend.source_threads import SourceThreads
+from lorax_serve.registry import library
+from lorax_serve.registry.source_threads import SourceThreads
 from lorax_serve.sources import FetchLimits
-from tests.frontend.place import Place
+from tests.registry.place import Place
 from tests.server.harness import until
 
 MOST = library._MOST_FETCHES

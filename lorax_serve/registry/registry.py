@@ -25,17 +25,18 @@ from lorax_serve.errors import (
     LoraxError,
     SourceFailed,
     SourceReason,
+    StoreFailed,
 )
-from lorax_serve.frontend.background import Background
-from lorax_serve.frontend.backoff import Backoff
-from lorax_serve.frontend.compositions import Composed, Compositions
-from lorax_serve.frontend.events import RegistryListener
-from lorax_serve.frontend.in_place import InPlace
-from lorax_serve.frontend.library import Fetched, Library
-from lorax_serve.frontend.names import Names, check_digest, check_name, is_name, split_name
-from lorax_serve.frontend.upload import Upload
-from lorax_serve.frontend.version import Adapter, AdapterState
-from lorax_serve.frontend.versions import AdapterEngine, Versions
+from lorax_serve.registry.background import Background
+from lorax_serve.registry.backoff import Backoff
+from lorax_serve.registry.compositions import Composed, Compositions
+from lorax_serve.registry.events import RegistryListener
+from lorax_serve.registry.in_place import InPlace
+from lorax_serve.registry.library import Fetched, Library
+from lorax_serve.registry.names import Names, check_digest, check_name, is_name, split_name
+from lorax_serve.registry.upload import Upload
+from lorax_serve.registry.version import Adapter, AdapterState
+from lorax_serve.registry.versions import AdapterEngine, Versions
 from lorax_serve.report import LoadReport
 from lorax_serve.store.catalog import NameRecord
 
@@ -113,8 +114,9 @@ class AdapterRegistry:
             await self._together(base, lambda: self._load_on_demand(base))
         elif digest is not None and base in self._names:
             found = await self._earlier_digest(base, digest)
-            if found is not None:
-                await self._together(f"{base}@{found}", lambda: self._reload(base, found))
+            if found is None:
+                raise AdapterNotFound(await self._no_such_version(base, digest))
+            await self._together(f"{base}@{found}", lambda: self._reload(base, found))
         return self.acquire(name)
 
     async def admit_together(self, named: Sequence[AdapterScale]) -> Adapter:
@@ -279,30 +281,45 @@ class AdapterRegistry:
         """
         self._loaded(name)
         self._begin(name)
-        draining = await asyncio.shield(self._background.run(self._unload(name)))
+        freeing = await asyncio.shield(self._background.run(self._unload(name)))
         freed = Freed()
-        for each in await asyncio.shield(asyncio.gather(*draining)):
+        for each in await asyncio.shield(asyncio.gather(*freeing)):
             freed = freed.plus(each)
         return freed
+
+    async def follow(self, name: str, record: NameRecord | None) -> None:
+        """Load what the source has of ``name``, unless somebody has turned away from that content.
+
+        Args:
+            name: and its path in the source.
+            record: what was recorded of it when this was decided.
+
+        Raises:
+            AdapterConflict: the name is being loaded, or another call has changed it meanwhile.
+            LoraxError: as ``load``.
+        """
+        assert isinstance(self._library, Library)
+        self._begin(name)
+        await asyncio.shield(self._background.run(self._follow(self._library, name, record)))
 
     async def restore(self, record: NameRecord) -> None:
         """Serve what was recorded before the server stopped.
 
         Raises:
-            AdapterConflict: the name is being loaded.
+            AdapterConflict: the name is being loaded, or another call has changed it meanwhile.
             StoreFailed: its content is not whole.
             LoraxError: as ``load``.
         """
         assert isinstance(self._library, Library)
         self._begin(record.name)
         try:
+            await self._check_unchanged(self._library, record.name, record)
             with self._versions.telling(record.name):
-                key, directory = self._versions.next_key(), self._library.directory(record.digest)
-                info = await self._engine.load_adapter(key, str(directory))
-            adapter = Adapter(record.name, record.sequence, info, directory, key, record.weight)
+                adapter = await self._read(self._library, record.name, record.digest)
+            adapter.version, adapter.weight = record.sequence, record.weight
             if record.pinned:
                 try:
-                    await self._engine.pin_adapter(key)
+                    await self._engine.pin_adapter(adapter.key)
                     adapter.pinned = True
                 except LoraxError as error:  # it is served all the same
                     log.error("adapter %s is not pinned any more: %s", record.name, error)
@@ -322,6 +339,28 @@ class AdapterRegistry:
                     return await self._bring_in(name, fetched, weight, pinned)
         finally:
             self._loading.discard(name)
+
+    async def _follow(self, library: Library, name: str, record: NameRecord | None) -> None:
+        try:
+            await self._check_unchanged(library, name, record)
+            with self._versions.telling(name):
+                check_name(name)
+                async with library.fetch(name) as fetched:
+                    if await library.turns_down(name, fetched):
+                        return
+                    weight = pinned = None
+                    if record is not None and name not in self._names:  # it was not restored
+                        weight, pinned = record.weight, record.pinned
+                    await self._bring_in(name, fetched, weight, pinned)
+        finally:
+            self._loading.discard(name)
+
+    async def _check_unchanged(
+        self, library: Library, name: str, record: NameRecord | None
+    ) -> None:
+        """Refuse to act on what somebody has changed before ``_begin`` kept others away."""
+        if await library.find(name) != record:
+            raise AdapterConflict(f"adapter {name!r} was changed by another call; try again")
 
     async def _inspect(self, path: str) -> LoadReport:
         async with self._library.fetch(path) as fetched:
@@ -360,13 +399,14 @@ class AdapterRegistry:
         adapter.pinned = current is not None and current.pinned if pinned is None else pinned
         try:
             await self._pin(adapter, current)
-            adapter.version = await self._library.record(
-                name, fetched, adapter.weight, adapter.pinned
-            )
+            recorded = await self._library.record(name, fetched, adapter.weight, adapter.pinned)
         except BaseException:
             await self._engine.drop_adapter(key)
             raise
+        adapter.version = recorded.sequence
         self._versions.flip(adapter)
+        self._backoff.succeeded(name)
+        self._versions.clean(recorded.unreferenced)
         return adapter
 
     async def _load_on_demand(self, name: str) -> Adapter:
@@ -374,12 +414,12 @@ class AdapterRegistry:
         self._backoff.check(name)
         failure: LoraxError
         try:
-            adapter = await self.load(name)
+            await self._check_unrecorded(name)
+            return await self.load(name)
+        except AdapterConflict:  # somebody loads it
+            raise
         except LoraxError as error:
             failure = error
-        else:
-            self._backoff.succeeded(name)
-            return adapter
         # Who sent the request has asked for no load: say which adapter this is about.
         if isinstance(failure, SourceFailed) and failure.reason is SourceReason.NOT_FOUND:
             failure = AdapterNotFound(f"adapter_id {name!r} is not loaded, and {failure}")
@@ -388,6 +428,17 @@ class AdapterRegistry:
             failure = AdapterRejected(failure.reason, text, failure.report)
         self._backoff.failed(name, failure)
         raise failure
+
+    async def _check_unrecorded(self, name: str) -> None:
+        """Refuse to load for a request what means something already, which cannot be served."""
+        assert isinstance(self._library, Library)
+        record = await self._library.find(name)
+        if record is not None and name not in self._names:
+            raise AdapterNotFound(
+                f"adapter_id {name!r} is not loaded: it means the digest {record.digest:.12}, "
+                "which cannot be served now (the server's log says why); load or upload it again "
+                "to replace that"
+            )
 
     async def _update(self, adapter: Adapter, weight: int | None, pinned: bool | None) -> Adapter:
         try:
@@ -434,8 +485,14 @@ class AdapterRegistry:
             adapter = self._names.earlier(name, target) or await self._reload(name, target)
             current = self._names.get(name)
             adapter.pinned = current is not None and current.pinned
-            await self._pin(adapter, current)
-            record = await library.roll_back(name, target)
+            try:
+                await self._pin(adapter, current)
+                record = await library.roll_back(name, target)
+            except BaseException:  # it stays an earlier version
+                if adapter.pinned:
+                    adapter.pinned = False
+                    await self._engine.unpin_adapter(adapter.key)
+                raise
             adapter.version, adapter.weight = record.sequence, record.weight
             self._versions.flip(adapter)
             return adapter
@@ -445,21 +502,51 @@ class AdapterRegistry:
     async def _reload(self, name: str, digest: str) -> Adapter:
         """Load an earlier version from this server's disk, as ``name@digest``."""
         assert isinstance(self._library, Library)
-        directory, key = self._library.directory(digest), self._versions.next_key()
-        info = await self._engine.load_adapter(key, str(directory))
-        adapter = Adapter(name, 0, info, directory, key, state=AdapterState.SUPERSEDED)
+        adapter = await self._read(self._library, name, digest)
+        adapter.state = AdapterState.SUPERSEDED
         adapter.version = await self._library.sequence_of(name, digest)
-        current = self._names.get(name)
-        if current is None or current.info.digest == digest:
-            await self._engine.drop_adapter(key)  # it was unloaded or rolled back meanwhile
-            raise AdapterConflict(f"adapter {name!r} was changed by another call; try again")
-        self._versions.add_earlier(adapter)
-        return adapter
+        current, twin = self._names.get(name), self._names.earlier(name, digest)
+        if twin is None and adapter.version and current and current.info.digest != digest:
+            self._versions.add_earlier(adapter)
+            return adapter
+        # It was unloaded, rolled back, forgotten, or read by another call meanwhile.
+        await self._engine.drop_adapter(adapter.key)
+        if twin is not None:
+            return twin
+        raise AdapterConflict(f"adapter {name!r} was changed by another call; try again")
+
+    async def _read(self, library: Library, name: str, digest: str) -> Adapter:
+        """Load content that this server's disk has kept, if it is what it was.
+
+        Raises:
+            StoreFailed: it is not there, or has other bytes.
+            LoraxError: as ``load``.
+        """
+        directory, key = library.directory(digest), self._versions.next_key()
+        try:
+            info = await self._engine.load_adapter(key, str(directory))
+        except AdapterRejected:
+            await library.check(digest)
+            raise
+        if info.digest != digest:
+            await self._engine.drop_adapter(key)
+            await library.check(digest)
+            raise StoreFailed(f"{directory} was changed while it was read; try again")
+        return Adapter(name, 0, info, directory, key)
 
     async def _earlier_digest(self, name: str, digest: str | None) -> str | None:
         """The whole digest of an earlier version that begins with ``digest``; the last, if None."""
         history = await self._library.history(name)
         return next((each for each in history if each.startswith(digest or "")), None)
+
+    async def _no_such_version(self, name: str, digest: str) -> str:
+        current = self._names.get(name)
+        earlier = ", ".join(each[:12] for each in await self._library.history(name))
+        means = "nothing" if current is None else current.info.digest[:12]
+        return (
+            f"adapter_id {f'{name}@{digest}'!r} is not loaded; {name!r} means {means} now, its "
+            f"earlier versions are: {earlier or 'none'}"
+        )
 
     async def _together(self, what: str, load: Callable[[], Coroutine[Any, Any, Adapter]]) -> None:
         """Load once for all requests that wait for it."""
@@ -471,8 +558,9 @@ class AdapterRegistry:
 
     async def _unload(self, name: str) -> list[asyncio.Task[Freed]]:
         try:
-            await self._library.forget(name)
-            return [self._versions.retire(adapter) for adapter in self._names.remove(name)]
+            unreferenced = await self._library.forget(name)
+            draining = [self._versions.retire(adapter) for adapter in self._names.remove(name)]
+            return [*draining, self._versions.clean(unreferenced)]
         finally:
             self._loading.discard(name)
 
@@ -485,7 +573,9 @@ class AdapterRegistry:
     def _begin(self, name: str) -> None:
         """Keep other changes of the name away, until it is taken from ``_loading``."""
         if name in self._loading:
-            raise AdapterConflict(f"adapter {name!r} is being loaded by another call")
+            raise AdapterConflict(
+                f"adapter {name!r} is being loaded by another call; try again when that has ended"
+            )
         self._loading.add(name)
 
 

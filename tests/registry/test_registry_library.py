@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import weakref
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lorax_serve.core import Freed
+from lorax_serve.core import AdapterInfo, Freed
 from lorax_serve.errors import (
     AdapterConflict,
     AdapterNotFound,
@@ -19,12 +22,14 @@ from lorax_serve.errors import (
     SourceFailed,
     SourceReason,
 )
-from lorax_serve.frontend.in_place import InPlace
-from lorax_serve.frontend.registry import AdapterRegistry
-from lorax_serve.frontend.version import AdapterState
+from lorax_serve.registry.in_place import InPlace
+from lorax_serve.registry.registry import AdapterRegistry
+from lorax_serve.registry.upload import Upload
+from lorax_serve.registry.version import Adapter, AdapterState
 from lorax_serve.sources import FetchLimits
+from lorax_serve.store.content import ContentStore
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
-from tests.frontend.place import Engine, Place
+from tests.registry.place import Engine, Place, overwrite
 from tests.server.harness import until
 
 
@@ -44,6 +49,9 @@ async def test_a_name_and_its_versions_by_digest(place: Place) -> None:
         registry.acquire(f"poet@{'0' * 12}")
     with pytest.raises(InvalidRequest, match="12 to 64 hexadecimal digits"):
         registry.acquire(f"poet@{one[:11]}")
+    message = f"'poet@0{{12}}' is not loaded; 'poet' means {two[:12]} now, .* are: {one[:12]}$"
+    with pytest.raises(AdapterNotFound, match=message):
+        await registry.admit(f"poet@{'0' * 12}")
 
 
 async def test_rolling_back_and_forth(place: Place) -> None:
@@ -100,6 +108,124 @@ async def test_unloading_forgets_all_versions_and_their_files(place: Place) -> N
     assert (place.engine.held, place.kept) == ({}, set())
 
 
+async def test_unloading_after_a_restart_deletes_versions_that_were_not_in_memory(
+    place: Place,
+) -> None:
+    registry = place.start()
+    for weights in (b"1", b"2", b"3"):
+        place.write("poet", weights)
+        await registry.load("poet")
+    registry = place.start()
+    await place.reconciler(registry, from_source=False).run_once()
+    assert len(place.engine.held) == 1
+    assert await registry.unload("poet") == Freed(host=100, disk=3 * (len(b"{}") + 1))
+    assert place.kept == set()
+
+
+async def test_what_falls_out_of_history_after_a_restart_is_deleted(place: Place) -> None:
+    registry = place.start(history=1)
+    digests = []
+    for weights in (b"1", b"2"):
+        digests.append(place.write("poet", weights))
+        await registry.load("poet")
+    registry = place.start(history=1)
+    await place.reconciler(registry, from_source=False).run_once()
+    digests.append(place.write("poet", b"3"))
+    await registry.load("poet")
+    await until(lambda: place.kept == set(digests[1:]))
+
+
+async def test_files_stay_until_the_last_version_that_is_read_from_them_ends(place: Place) -> None:
+    registry = place.start()
+    digest = place.write("poet", b"1")
+    await registry.load("poet")
+    await registry.load("twin", "poet")
+    used = registry.acquire("poet")
+    unloading = asyncio.create_task(registry.unload("poet"))
+    await until(lambda: not registry.is_loaded("poet"))
+    await registry.unload("twin")
+    assert place.kept == {digest}, "a running request may have to read it again"
+    registry.release(used)
+    assert (await unloading).disk == len(b"{}") + 1
+    assert place.kept == set()
+
+
+async def test_a_version_that_a_request_and_a_roll_back_want_is_read_once(place: Place) -> None:
+    registry = place.start()
+    first = place.write("poet", b"1")
+    await registry.load("poet")
+    place.write("poet", b"2")
+    await registry.load("poet")
+    registry = place.start()
+    await place.reconciler(registry, from_source=False).run_once()
+    asked, back = await asyncio.gather(
+        registry.admit(f"poet@{first}"), registry.roll_back("poet"), return_exceptions=True
+    )
+    assert isinstance(back, Adapter)
+    assert registry.acquire("poet") is back
+    assert asked is back or isinstance(asked, AdapterConflict)
+    await registry.load("poet", weight=2)
+    assert len(place.engine.held) == 2
+    assert {adapter.key for adapter in registry.adapters()} == set(place.engine.held)
+
+
+async def test_a_version_is_not_brought_back_once_its_name_means_other_content(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    first = place.write("poet", b"1")
+    await registry.load("poet")
+    place.write("poet", b"2")
+    await registry.load("poet")
+    registry = place.start()
+    await place.reconciler(registry, from_source=False).run_once()
+    load = place.engine.load_adapter
+
+    async def load_while_the_name_is_given_away(version: int, path: str) -> AdapterInfo:
+        monkeypatch.setattr(place.engine, "load_adapter", load)
+        info = await load(version, path)
+        await registry.unload("poet")
+        place.write("poet", b"3")
+        await registry.load("poet")
+        return info
+
+    monkeypatch.setattr(place.engine, "load_adapter", load_while_the_name_is_given_away)
+    with pytest.raises(AdapterConflict, match="was changed by another call"):
+        await registry.admit(f"poet@{first}")
+    (adapter,) = registry.adapters()
+    assert set(place.engine.held) == {adapter.key}
+
+
+@pytest.mark.parametrize("step", ["stage", "commit"])
+async def test_an_upload_that_is_cancelled_while_the_disk_works_leaves_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    registry = place.start()
+    digest = place.write("poet", b"1")
+    reached, go = threading.Event(), threading.Event()
+    work = getattr(ContentStore, step)
+
+    def slow(*arguments: Any) -> Any:
+        reached.set()
+        assert go.wait(10)
+        return work(*arguments)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"{}1"
+
+    monkeypatch.setattr(ContentStore, step, slow)
+    uploading = asyncio.create_task(registry.upload("poet", Upload(digest, 2, 1, chunks())))
+    await until(reached.is_set)
+    uploading.cancel()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await uploading
+    assert (registry.adapters(), place.staged, place.kept) == ([], [], set())
+    await registry.upload("poet", Upload(digest, 2, 1, chunks()))
+    await registry.unload("poet")
+    assert (place.staged, place.kept) == ([], set()), "nobody holds it any more"
+
+
 async def test_a_refused_adapter_leaves_nothing_and_changes_nothing(place: Place) -> None:
     registry = place.start()
     good = place.write("poet", b"1")
@@ -138,6 +264,31 @@ async def test_what_failed_is_left_alone_for_a_while(place: Place) -> None:
     assert place.engine.loads == 1
     place.write("poet", b"good")
     assert (await registry.load("poet")).name == "poet"  # an operator need not wait
+
+
+async def test_what_failed_is_loaded_at_once_after_somebody_has_loaded_it(place: Place) -> None:
+    registry = place.start(on_demand=True)
+    place.write("poet", b"bad")
+    with pytest.raises(AdapterRejected):
+        await registry.admit("poet")
+    place.write("poet", b"good")
+    await registry.load("poet")
+    await registry.unload("poet")
+    assert (await registry.admit("poet")).name == "poet"
+
+
+async def test_a_name_that_cannot_be_restored_is_not_replaced_on_demand(place: Place) -> None:
+    registry = place.start(on_demand=True)
+    kept = place.write("copy", b"1")
+    await registry.load("poet", "copy")
+    other = place.write("poet", b"2")
+    place.stop()
+    overwrite(place.state / "adapters" / kept / WEIGHTS_FILE, b"X")
+    registry = place.start(on_demand=True)
+    with pytest.raises(AdapterNotFound, match=rf"'poet' .* means the digest {kept[:12]}, which"):
+        await registry.admit("poet")
+    assert place.engine.held == {}
+    assert (await registry.load("poet")).info.digest == other
 
 
 @pytest.mark.parametrize("reason", [SourceReason.NOT_FOUND, SourceReason.UNAVAILABLE])

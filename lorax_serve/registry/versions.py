@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from lorax_serve.core import AdapterInfo, AdapterTier, Freed, Part
 from lorax_serve.errors import LoraxError
-from lorax_serve.frontend.background import Background
-from lorax_serve.frontend.events import RegistryListener
-from lorax_serve.frontend.in_place import InPlace
-from lorax_serve.frontend.library import Library
-from lorax_serve.frontend.names import Names
-from lorax_serve.frontend.version import Adapter, AdapterState
+from lorax_serve.registry.background import Background
+from lorax_serve.registry.events import RegistryListener
+from lorax_serve.registry.in_place import InPlace
+from lorax_serve.registry.library import Library
+from lorax_serve.registry.names import Names
+from lorax_serve.registry.version import Adapter, AdapterState
 from lorax_serve.report import LoadReport
 
 __all__ = ["AdapterEngine", "Versions"]
@@ -123,31 +123,46 @@ class Versions:
         self.on_retired(adapter)
         return self._background.run(self._drain(adapter))
 
+    def clean(self, digests: Iterable[str]) -> asyncio.Task[Freed]:
+        """Delete content that nothing refers to and no version has; returns the bytes.
+
+        Versions that are read again from the disk need theirs until they end, and take it along.
+        """
+        held = {adapter.info.digest for adapter in self}
+        return self._background.run(self._clean([each for each in digests if each not in held]))
+
     @contextmanager
     def telling(self, name: str) -> Iterator[None]:
         """Tell the listeners why a load has failed."""
         try:
             yield
         except LoraxError as error:
-            for listener in self._listeners:
-                listener.refused(name, error)
+            failure = error  # a name that outlives this block
+            self._tell(lambda listener: listener.refused(name, failure))
             raise
 
     def tell_changed(self, adapter: Adapter) -> None:
         """Tell the listeners that something about a version is different."""
-        for listener in self._listeners:
-            listener.changed(adapter)
+        self._tell(lambda listener: listener.changed(adapter))
 
     async def _drain(self, adapter: Adapter) -> Freed:
         await adapter.unused.wait()
         freed = await self._engine.drop_adapter(adapter.key)
         del self._draining[adapter.key]
-        freed = freed.plus(Freed(disk=await self._library.clean([adapter.info.digest])))
+        freed = freed.plus(await self.clean([adapter.info.digest]))
         log.info("adapter %s unloaded: version %d", adapter.name, adapter.version)
-        for listener in self._listeners:
-            listener.unloaded(adapter)
+        self._tell(lambda listener: listener.unloaded(adapter))
         return freed
 
+    async def _clean(self, digests: Sequence[str]) -> Freed:
+        return Freed(disk=await self._library.clean(digests))
+
     def _tell_loaded(self, adapter: Adapter) -> None:
+        self._tell(lambda listener: listener.loaded(adapter))
+
+    def _tell(self, what: Callable[[RegistryListener], None]) -> None:
         for listener in self._listeners:
-            listener.loaded(adapter)
+            try:
+                what(listener)
+            except Exception:  # a defect of its own, which must not leave a change half done
+                log.exception("a listener failed")

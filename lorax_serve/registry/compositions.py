@@ -15,9 +15,9 @@ from pathlib import Path
 
 from lorax_serve.core import Part
 from lorax_serve.errors import Overloaded
-from lorax_serve.frontend.background import Background
-from lorax_serve.frontend.version import Adapter
-from lorax_serve.frontend.versions import AdapterEngine, Versions
+from lorax_serve.registry.background import Background
+from lorax_serve.registry.version import Adapter
+from lorax_serve.registry.versions import AdapterEngine, Versions
 
 __all__ = ["Composed", "Compositions"]
 

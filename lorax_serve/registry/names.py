@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from lorax_serve.errors import InvalidRequest
-from lorax_serve.frontend.version import Adapter, AdapterState
+from lorax_serve.registry.version import Adapter, AdapterState
 
 __all__ = ["Names", "check_digest", "check_name", "is_name", "split_name"]
 

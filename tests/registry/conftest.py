@@ -1,4 +1,4 @@
-"""What the tests of the frontend share."""
+"""What the tests of the registry share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend.place import Place
+from tests.registry.place import Place
 
 
 @pytest.fixture

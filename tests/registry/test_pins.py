@@ -8,9 +8,9 @@ import pytest
 
 from lorax_serve.core import AdapterInfo
 from lorax_serve.errors import AdapterNotFound, InvalidRequest, Overloaded, StoreFailed
-from lorax_serve.frontend.registry import AdapterRegistry
+from lorax_serve.registry.registry import AdapterRegistry
 from lorax_serve.store.catalog import Catalog
-from tests.frontend.place import Engine, Place
+from tests.registry.place import Engine, Place
 
 
 class Full(Engine):
@@ -99,6 +99,38 @@ async def test_a_load_that_cannot_be_pinned_changes_nothing(place: Place) -> Non
     assert registry.acquire("poet") is old
     assert place.engine.held == {old.key: old.info.digest}
     assert place.kept == {old.info.digest}
+
+
+async def test_a_roll_back_that_cannot_be_pinned_changes_nothing(place: Place) -> None:
+    registry = place.start()
+    place.write("poet", b"1")
+    old = await registry.load("poet")
+    digest = place.write("poet", b"2")
+    new = await registry.load("poet", pinned=True)
+    full = Full()
+    registry._engine = full
+    with pytest.raises(Overloaded, match="cannot be pinned"):
+        await registry.roll_back("poet")
+    assert registry.acquire("poet") is new
+    assert (new.pinned, old.pinned, pinned(place)) == (True, False, {digest})
+
+
+async def test_a_roll_back_that_is_not_recorded_is_undone(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise StoreFailed("the disk fails")
+
+    registry = place.start()
+    place.write("poet", b"1")
+    old = await registry.load("poet")
+    digest = place.write("poet", b"2")
+    new = await registry.load("poet", pinned=True)
+    monkeypatch.setattr(Catalog, "roll_back", fail)
+    with pytest.raises(StoreFailed):
+        await registry.roll_back("poet")
+    assert registry.acquire("poet") is new
+    assert (new.pinned, old.pinned, pinned(place)) == (True, False, {digest})
 
 
 async def test_a_restart_with_less_room_serves_unpinned(place: Place) -> None:

@@ -17,11 +17,11 @@ from lorax_serve.errors import (
     Overloaded,
     RejectReason,
 )
-from lorax_serve.frontend import compositions
-from lorax_serve.frontend.compositions import Composed
-from lorax_serve.frontend.in_place import InPlace
-from lorax_serve.frontend.registry import AdapterRegistry
-from tests.frontend.bare_engine import BareEngine
+from lorax_serve.registry import compositions
+from lorax_serve.registry.compositions import Composed
+from lorax_serve.registry.in_place import InPlace
+from lorax_serve.registry.registry import AdapterRegistry
+from tests.registry.bare_engine import BareEngine
 
 
 class Composer(BareEngine):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lorax_serve.errors import Draining, LoraxError, Overloaded
-from lorax_serve.frontend.version import Adapter
+from lorax_serve.registry.version import Adapter
 
 __all__ = ["AdapterEvent", "AdapterWatchers", "EventKind", "RegistryListener"]
 

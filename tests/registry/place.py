@@ -9,15 +9,21 @@ import pytest
 
 from lorax_serve.core import AdapterInfo, Freed
 from lorax_serve.errors import AdapterRejected, RejectReason
-from lorax_serve.frontend.library import Library
-from lorax_serve.frontend.reconciler import Reconciler
-from lorax_serve.frontend.registry import AdapterRegistry
+from lorax_serve.registry.library import Library
+from lorax_serve.registry.reconciler import Reconciler
+from lorax_serve.registry.registry import AdapterRegistry
 from lorax_serve.report import LoadReport
 from lorax_serve.sources import FetchLimits, open_source
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE, digest_of
-from tests.frontend.bare_engine import BareEngine
+from tests.registry.bare_engine import BareEngine
 
-__all__ = ["Engine", "Place"]
+__all__ = ["Engine", "Place", "overwrite"]
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """Write to a file that is read-only."""
+    path.chmod(0o644)
+    path.write_bytes(content)
 
 
 class Engine(BareEngine):

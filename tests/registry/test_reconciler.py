@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+from pathlib import Path
 
 import pytest
 
-from lorax_serve.errors import AdapterRejected, SourceFailed, StoreFailed
+from lorax_serve.core import AdapterInfo
+from lorax_serve.errors import AdapterRejected, Overloaded, SourceFailed, StoreFailed
+from lorax_serve.registry.version import Adapter
+from lorax_serve.store.catalog import NameRecord
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE
-from tests.frontend.place import Place
+from tests.registry.place import Place, overwrite
+from tests.server.harness import until
 
 
 async def test_a_restart_serves_what_was_acknowledged(place: Place) -> None:
@@ -120,6 +126,95 @@ async def test_a_roll_back_stands_until_the_source_changes(place: Place) -> None
     assert registry.acquire("poet").info.digest == third
 
 
+async def test_a_roll_back_stands_when_the_source_was_touched_but_not_changed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    first = place.write("poet", b"1")
+    await reconciler.run_once()
+    second = place.write("poet", b"2")
+    await reconciler.run_once()
+    back = await registry.roll_back("poet")
+    fetches = place.count_fetches(monkeypatch)
+    place.write("poet", b"2")
+    for _ in range(3):
+        await reconciler.run_once()
+    assert fetches == ["poet"]
+    assert registry.acquire("poet") is back
+    # Also after a restart, and if it was touched while the server was away.
+    place.write("poet", b"2")
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    await reconciler.run_once()
+    assert registry.acquire("poet").info.digest == first
+    assert (await registry.load("poet")).info.digest == second, "by hand it can be loaded"
+    await registry.roll_back("poet")
+    place.write("poet", b"1")
+    await reconciler.run_once()
+    place.write("poet", b"2")
+    await reconciler.run_once()
+    assert registry.acquire("poet").info.digest == second, "the source had other content"
+
+
+async def test_what_was_unloaded_stays_away_when_it_was_touched_but_not_changed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    place.write("poet", b"1")
+    await reconciler.run_once()
+    await registry.unload("poet")
+    fetches = place.count_fetches(monkeypatch)
+    place.write("poet", b"1")
+    for _ in range(3):
+        await reconciler.run_once()
+    assert fetches == ["poet"]
+    assert not registry.is_loaded("poet")
+    assert (place.engine.held, place.kept) == ({}, set())
+    changed = place.write("poet", b"2")
+    await reconciler.run_once()
+    assert registry.acquire("poet").info.digest == changed
+
+
+async def test_what_is_loaded_during_a_pass_is_not_replaced_by_what_was_seen_before(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    place.write("copy", b"1")
+    place.write("poet", b"2")
+    library = place.libraries[0]
+    listing, loaded = library.listing, list[Adapter]()
+
+    async def listing_then_load() -> dict[str, str] | None:
+        listed = await listing()
+        loaded.append(await registry.load("poet", "copy"))
+        return listed
+
+    monkeypatch.setattr(library, "listing", listing_then_load)
+    await place.reconciler(registry).run_once()
+    assert registry.acquire("poet") is loaded[0]
+
+
+async def test_what_is_unloaded_during_a_pass_does_not_come_back(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    place.write("poet", b"1")
+    await registry.load("poet")
+    names = place.libraries[0].names
+
+    async def names_then_unload() -> list[NameRecord]:
+        records = await names()
+        await registry.unload("poet")
+        return records
+
+    monkeypatch.setattr(place.libraries[0], "names", names_then_unload)
+    await place.reconciler(registry, from_source=False).run_once()
+    assert registry.adapters() == []
+    assert (place.engine.held, place.kept) == ({}, set())
+
+
 @pytest.mark.parametrize("alias", [False, True])
 async def test_what_was_unloaded_comes_back_only_when_it_has_changed(
     place: Place, alias: bool
@@ -197,6 +292,28 @@ async def test_a_source_that_is_gone_is_tried_again_after_longer_and_longer(plac
     assert reconciler.failures == {}
 
 
+async def test_a_pass_that_breaks_is_not_the_last(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    place.write("poet", b"1")
+    passes = iter([StoreFailed("the disk"), ZeroDivisionError("a bug")])
+    run_once = reconciler.run_once
+
+    async def broken_at_first() -> None:
+        for error in passes:
+            raise error
+        await run_once()
+
+    monkeypatch.setattr(reconciler, "run_once", broken_at_first)
+    running = asyncio.create_task(reconciler.run_for_ever(0))
+    await until(lambda: registry.is_loaded("poet"))
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+
 async def test_content_that_was_lost_is_fetched_again(place: Place) -> None:
     registry = place.start()
     digest = place.write("poet", b"1")
@@ -207,6 +324,105 @@ async def test_content_that_was_lost_is_fetched_again(place: Place) -> None:
     await place.reconciler(registry).run_once()
     assert registry.acquire("poet").info.digest == digest
     assert place.kept == {digest}
+
+
+@pytest.mark.parametrize("damage", [b"X", b"bad"])
+async def test_content_that_was_damaged_is_fetched_again_and_never_served(
+    place: Place, damage: bytes
+) -> None:
+    registry = place.start()
+    digest = place.write("poet", b"1")
+    await place.reconciler(registry).run_once()
+    place.stop()
+    overwrite(place.state / "adapters" / digest / WEIGHTS_FILE, damage)
+    registry = place.start()
+    await place.reconciler(registry).run_once()
+    assert registry.acquire("poet").info.digest == digest
+    assert (set(place.engine.held.values()), place.kept) == ({digest}, {digest})
+    place.stop()
+    overwrite(place.state / "adapters" / digest / WEIGHTS_FILE, damage)
+    shutil.rmtree(place.source)
+    registry = place.start()
+    reconciler = place.reconciler(registry, from_source=False)
+    await reconciler.run_once()
+    assert not registry.is_loaded("poet")
+    assert place.engine.held == {}
+    place.stop()
+    registry = place.start(source=False)
+    reconciler = place.reconciler(registry)
+    await reconciler.run_once()
+    assert isinstance(reconciler.failures["poet"], StoreFailed)
+    assert f"the content {digest} has been damaged" in str(reconciler.failures["poet"])
+
+
+async def test_content_that_is_fetched_again_keeps_weight_and_pin(place: Place) -> None:
+    registry = place.start()
+    digest = place.write("poet", b"1")
+    await registry.load("poet", weight=7, pinned=True)
+    place.stop()
+    shutil.rmtree(place.state / "adapters" / digest)
+    registry = place.start()
+    await place.reconciler(registry).run_once()
+    adapter = registry.acquire("poet")
+    assert (adapter.weight, adapter.pinned, place.engine.pinned) == (7, True, {adapter.key})
+
+
+async def test_what_takes_the_place_of_what_was_not_restored_keeps_weight_and_pin(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = place.start()
+    first = place.write("poet", b"1")
+    await registry.load("poet", weight=7, pinned=True)
+    second = place.write("poet", b"2")
+    registry = place.start()
+    load = place.engine.load_adapter
+
+    async def too_large_at_first(version: int, path: str) -> AdapterInfo:
+        if Path(path).name == first:
+            raise Overloaded("it does not fit")
+        return await load(version, path)
+
+    monkeypatch.setattr(place.engine, "load_adapter", too_large_at_first)
+    reconciler = place.reconciler(registry)
+    await reconciler.run_once()
+    adapter = registry.acquire("poet")
+    assert reconciler.failures == {}
+    assert (adapter.info.digest, adapter.weight, adapter.pinned) == (second, 7, True)
+
+
+async def test_a_roll_back_that_is_lost_is_not_replaced_by_what_it_went_back_from(
+    place: Place,
+) -> None:
+    registry = place.start()
+    first = place.write("poet", b"1")
+    await registry.load("poet")
+    place.write("poet", b"2")
+    await registry.load("poet")
+    await registry.roll_back("poet")
+    place.stop()
+    shutil.rmtree(place.state / "adapters" / first)
+    registry = place.start()
+    reconciler = place.reconciler(registry)
+    await reconciler.run_once()
+    assert not registry.is_loaded("poet")
+    assert isinstance(reconciler.failures["poet"], StoreFailed)
+
+
+async def test_an_earlier_version_that_was_damaged_is_refused(place: Place) -> None:
+    registry = place.start()
+    first = place.write("poet", b"1")
+    await registry.load("poet")
+    second = place.write("poet", b"2")
+    await registry.load("poet")
+    registry = place.start()
+    await place.reconciler(registry).run_once()
+    overwrite(place.state / "adapters" / first / WEIGHTS_FILE, b"X")
+    with pytest.raises(StoreFailed, match=first):
+        await registry.admit(f"poet@{first}")
+    with pytest.raises(StoreFailed, match=first):
+        await registry.roll_back("poet")
+    assert registry.acquire("poet").info.digest == second
+    assert set(place.engine.held.values()) == {second}
 
 
 async def test_content_that_is_lost_for_good_is_told(place: Place) -> None:

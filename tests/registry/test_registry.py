@@ -16,12 +16,12 @@ from lorax_serve.errors import (
     LoraxError,
     RejectReason,
 )
-from lorax_serve.frontend.events import RegistryListener
-from lorax_serve.frontend.in_place import InPlace
-from lorax_serve.frontend.registry import AdapterRegistry
-from lorax_serve.frontend.version import Adapter, AdapterState
+from lorax_serve.registry.events import RegistryListener
+from lorax_serve.registry.in_place import InPlace
+from lorax_serve.registry.registry import AdapterRegistry
+from lorax_serve.registry.version import Adapter, AdapterState
 from lorax_serve.report import LoadReport
-from tests.frontend.bare_engine import BareEngine
+from tests.registry.bare_engine import BareEngine
 
 
 class Loader(BareEngine):

@@ -25,9 +25,9 @@ from lorax_serve.errors import (
     SourceReason,
     StoreFailed,
 )
-from lorax_serve.frontend.backoff import Backoff
-from lorax_serve.frontend.library import Library
-from lorax_serve.frontend.registry import AdapterRegistry
+from lorax_serve.registry.backoff import Backoff
+from lorax_serve.registry.library import Library
+from lorax_serve.registry.registry import AdapterRegistry
 from lorax_serve.store.catalog import NameRecord
 
 __all__ = ["Reconciler"]
@@ -74,10 +74,12 @@ class Reconciler:
         records = {record.name: record for record in await self._library.names()}
         for record in records.values():
             if not self._registry.is_loaded(record.name):
-                await self._try(record.name, partial(self._restore, record))
+                version = f"{record.name}@{record.digest}"
+                await self._try(record.name, partial(self._restore, record), version=version)
         listing = await self._listing()
         if listing is None:
             return
+        self._refused = {name: each for name, each in self._refused.items() if name in listing}
         for name in self.failures.keys() - records.keys() - listing.keys():
             del self.failures[name]  # it is neither recorded nor in the source any more
         changed = self._new_in(listing, records)
@@ -95,7 +97,9 @@ class Reconciler:
                 last_word = time.monotonic()
                 log.info("%d of %d new adapters looked at", done, len(changed))
             before = self.failures.get(name)
-            await self._try(name, partial(self._registry.load, name), signature)
+            await self._try(
+                name, partial(self._registry.follow, name, records.get(name)), signature
+            )
             error = self.failures.get(name)
             timeouts += error is not before and _timed_out(error)
 
@@ -107,16 +111,19 @@ class Reconciler:
                 await self.run_once()
             except LoraxError as error:  # the disk, say
                 log.error("adapters cannot be reconciled now: %s", error)
+            except Exception:  # a defect of ours, but the next pass may do
+                log.exception("adapters cannot be reconciled now")
 
     async def _restore(self, record: NameRecord) -> None:
         try:
             await self._registry.restore(record)
         except StoreFailed:
             source = self._library.source
-            if source is None or record.source != source.uri:
+            rolled_back = record.fetched not in (record.digest, None)  # the source has another
+            if source is None or record.source != source.uri or rolled_back:
                 raise
             log.warning("adapter %s is damaged on disk: fetching it again", record.name)
-            await self._registry.load(record.name, record.path, record.weight)
+            await self._registry.load(record.name, record.path, record.weight, record.pinned)
 
     async def _listing(self) -> dict[str, str] | None:
         """Signatures by path of what is to be loaded from the source; None if it does not say."""
@@ -150,7 +157,9 @@ class Reconciler:
         """Those that were unloaded, and are in the source as they were then."""
         source = self._library.source
         found = []
-        for name, where, signature in await self._library.unloaded() if source and changed else ():
+        for name, where, signature, _ in (
+            await self._library.unloaded() if source and changed else ()
+        ):
             if name not in changed:
                 continue
             if signature is None and source is not None:
@@ -161,11 +170,23 @@ class Reconciler:
         return found
 
     async def _try(
-        self, name: str, work: Callable[[], Awaitable[object]], signature: str = ""
+        self,
+        name: str,
+        work: Callable[[], Awaitable[object]],
+        signature: str = "",
+        version: str | None = None,
     ) -> bool:
-        """Do ``work`` unless it is to be left alone now; whether it was done."""
+        """Do ``work`` unless it is to be left alone now; whether it was done.
+
+        Args:
+            name: what it is about.
+            work: fails with a ``LoraxError``.
+            signature: of the files; if they are refused, only other ones are tried again.
+            version: what is left alone after a failure, if not all of ``name``.
+        """
+        version = version or name
         try:
-            self._backoff.check(name)
+            self._backoff.check(version)
         except LoraxError:
             return False
         try:
@@ -178,10 +199,10 @@ class Reconciler:
                 self._refused[name] = signature
                 log.error("adapter %s refused: %s", name, error)
             else:
-                seconds = self._backoff.failed(name, error)
+                seconds = self._backoff.failed(version, error)
                 log.error("%s failed, to be tried again in %.0f s: %s", name, seconds, error)
             return False
-        self._backoff.succeeded(name)
+        self._backoff.succeeded(version)
         self._refused.pop(name, None)
         self.failures.pop(name, None)
         return True

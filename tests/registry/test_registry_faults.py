@@ -16,12 +16,12 @@ from lorax_serve.errors import (
     Overloaded,
     RejectReason,
 )
-from lorax_serve.frontend.events import RegistryListener
-from lorax_serve.frontend.in_place import InPlace
-from lorax_serve.frontend.registry import AdapterRegistry
-from lorax_serve.frontend.version import Adapter, AdapterState
+from lorax_serve.registry.events import RegistryListener
+from lorax_serve.registry.in_place import InPlace
+from lorax_serve.registry.registry import AdapterRegistry
+from lorax_serve.registry.version import Adapter, AdapterState
 from lorax_serve.report import LoadReport
-from tests.frontend.bare_engine import BareEngine
+from tests.registry.bare_engine import BareEngine
 
 
 class ScriptedLoader(BareEngine):
@@ -111,6 +111,31 @@ async def test_a_loader_that_breaks_does_not_block_the_name(root: Path) -> None:
         await registry.load("one")
     loader.answer = "v1"
     assert (await registry.load("one")).name == "one"
+
+
+async def test_a_listener_that_breaks_leaves_no_change_half_done(root: Path) -> None:
+    class Broken(RegistryListener):
+        def loaded(self, adapter: Adapter) -> None:
+            raise ZeroDivisionError("a bug")
+
+        changed = unloaded = loaded
+
+        def refused(self, name: str, error: LoraxError) -> None:
+            raise ZeroDivisionError("a bug")
+
+    loader, listener = ScriptedLoader(), Refusals()
+    registry = AdapterRegistry(loader, InPlace(root), [Broken(), listener])
+    await registry.load("one")
+    loader.answer = "v2"
+    assert (await registry.load("one")).info.digest == "v2"
+    await turns()
+    assert len(loader.held) == 1
+    loader.answer = Overloaded("full")
+    with pytest.raises(Overloaded):
+        await registry.load("two", "one")
+    assert listener.reasons == [("two", "Overloaded")]
+    assert await registry.unload("one") == Freed(host=10)
+    assert (loader.held, registry.adapters()) == (set(), [])
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "one/" + "y/" * 3000, "loop", "loop/deeper", "file"])

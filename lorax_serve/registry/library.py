@@ -15,12 +15,12 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from lorax_serve.errors import AdapterConflict, LoraxError, SourceFailed, SourceReason
-from lorax_serve.frontend.source_threads import SourceThreads
-from lorax_serve.frontend.upload import Upload
+from lorax_serve.errors import AdapterConflict, LoraxError, SourceFailed, SourceReason, StoreFailed
+from lorax_serve.registry.source_threads import SourceThreads
+from lorax_serve.registry.upload import Upload
 from lorax_serve.sources import FetchLimits, Source, WatchableSource
 from lorax_serve.sources.transfer import place
-from lorax_serve.store.catalog import Catalog, NameRecord, Unloaded
+from lorax_serve.store.catalog import Catalog, NameRecord, Recorded, Unloaded
 from lorax_serve.store.content import ContentStore, Stage
 from lorax_serve.store.recovery import recover, remove_unreferenced
 
@@ -155,13 +155,14 @@ class Library:
             digest = await self._run(lambda: self._content.commit(stage, upload.digest))
             yield Fetched(digest, self._content.path(digest), None, "", "")
 
-    async def record(self, name: str, fetched: Fetched, weight: int, pinned: bool) -> int:
+    async def record(self, name: str, fetched: Fetched, weight: int, pinned: bool) -> Recorded:
         """Have ``name`` mean this content from now on, also after a restart.
 
         Returns:
-            The load's sequence number on this server.
+            The load's sequence number on this server, and the content that nothing refers to now,
+            which stays until it is ``clean``ed.
         """
-        recorded = await self._run(
+        return await self._run(
             lambda: self._catalog.record_load(
                 name,
                 fetched.digest,
@@ -172,13 +173,21 @@ class Library:
                 pinned=pinned,
             )
         )
-        return recorded.sequence
 
     async def record_origin(self, name: str, fetched: Fetched) -> None:
         """Remember where the content that ``name`` has already was found, and how it is known
         there: so that it is not fetched again until it changes."""
         await self._run(
             lambda: self._catalog.set_origin(name, fetched.source, fetched.path, fetched.signature)
+        )
+
+    async def turns_down(self, name: str, fetched: Fetched) -> bool:
+        """Whether somebody has rolled ``name`` back from this content of a source, or unloaded it;
+        then it is not fetched again until it changes."""
+        source = fetched.source
+        assert source is not None
+        return await self._run(
+            lambda: self._catalog.turns_down(name, fetched.digest, source, fetched.signature)
         )
 
     async def set_weight(self, name: str, weight: int) -> None:
@@ -197,9 +206,10 @@ class Library:
         """Note what a source has of a name that was unloaded."""
         await self._run(lambda: self._catalog.set_unloaded(name, source, signature))
 
-    async def forget(self, name: str) -> None:
-        """Have ``name`` mean nothing. Its content stays until it is ``clean``ed."""
-        await self._run(lambda: self._catalog.record_unload(name))
+    async def forget(self, name: str) -> frozenset[str]:
+        """Have ``name`` mean nothing; returns the content that nothing refers to now, which stays
+        until it is ``clean``ed."""
+        return await self._run(lambda: self._catalog.record_unload(name))
 
     async def roll_back(self, name: str, digest: str | None) -> NameRecord:
         """Have ``name`` mean an earlier version again, the last one or that with this digest.
@@ -224,6 +234,10 @@ class Library:
         """What was recorded."""
         return await self._run(self._catalog.names)
 
+    async def find(self, name: str) -> NameRecord | None:
+        """What was recorded of a name; None if it means nothing."""
+        return await self._run(lambda: self._catalog.get(name))
+
     async def history(self, name: str) -> list[str]:
         """The digests of a name's earlier versions, the last first."""
         versions = await self._run(lambda: self._catalog.history(name))
@@ -242,6 +256,18 @@ class Library:
         """
         return self._content.path(digest)
 
+    async def check(self, digest: str) -> None:
+        """Read content, and compare its bytes with its digest.
+
+        Raises:
+            StoreFailed: it is not there, or has other bytes.
+        """
+        if not await self._run(lambda: self._content.verify(digest)):
+            raise StoreFailed(
+                f"{self._content.root}: the content {digest} has been damaged on the disk; load "
+                "the adapter again"
+            )
+
     async def listing(self) -> dict[str, str] | None:
         """What the source has: signatures by path; None if it cannot be listed.
 
@@ -257,14 +283,13 @@ class Library:
     async def _stage(self) -> AsyncIterator[Stage]:
         """A directory to write an adapter's files in; what was committed stays if it was recorded
         by the end of the block."""
-        stack = ExitStack()
-        stage = await self._run(lambda: stack.enter_context(self._content.stage()))
+        stack, stages = ExitStack(), list[Stage]()
         try:
-            yield stage
+            await self._run(lambda: stages.append(stack.enter_context(self._content.stage())))
+            yield stages[0]
         finally:
             await self._run(stack.close)  # half of a large file takes its time to go
-            if stage.digest is not None:
-                await self.clean([stage.digest])
+            await self.clean([stage.digest for stage in stages if stage.digest is not None])
 
     async def _ask(self, threads: SourceThreads, what: str, work: Callable[[], _T]) -> _T:
         seconds = self._limits.seconds + _GRACE_SECONDS
@@ -278,4 +303,11 @@ class Library:
             ) from None
 
     async def _run(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        """Do ``work`` on a thread of the disk's. A call that is cancelled still waits for its end:
+        what is cleaned up after it must not be in use by then."""
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise

@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from lorax_serve.errors import AdapterConflict, AdapterRejected, InvalidRequest, RejectReason
-from lorax_serve.frontend.library import Fetched
-from lorax_serve.frontend.upload import Upload
+from lorax_serve.registry.library import Fetched
+from lorax_serve.registry.upload import Upload
+from lorax_serve.store.catalog import Recorded
 from lorax_serve.store.digest import CONFIG_FILE
 
 __all__ = ["InPlace"]
@@ -62,9 +63,9 @@ class InPlace:
         )
         yield
 
-    async def record(self, name: str, fetched: Fetched, weight: int, pinned: bool) -> int:
+    async def record(self, name: str, fetched: Fetched, weight: int, pinned: bool) -> Recorded:
         """The load's sequence number."""
-        return next(self._sequence)
+        return Recorded(next(self._sequence), frozenset())
 
     async def record_origin(self, name: str, fetched: Fetched) -> None:
         """Nothing is kept."""
@@ -75,8 +76,9 @@ class InPlace:
     async def set_pinned(self, name: str, pinned: bool) -> None:
         """Nothing is kept."""
 
-    async def forget(self, name: str) -> None:
+    async def forget(self, name: str) -> frozenset[str]:
         """Nothing is kept."""
+        return frozenset()
 
     async def clean(self, digests: Iterable[str]) -> int:
         """Nothing is kept."""

@@ -8,7 +8,7 @@ import weakref
 import pytest
 
 from lorax_serve.errors import AdapterNotFound
-from lorax_serve.frontend.backoff import Backoff
+from lorax_serve.registry.backoff import Backoff
 
 
 def test_each_failure_is_left_alone_twice_as_long() -> None:
