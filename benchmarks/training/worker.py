@@ -23,8 +23,9 @@ from lorax_serve.model.source import resolve_model
 from lorax_train.base import load_model, load_tokenizer
 from lorax_train.config import InjectionConfig, LoopConfig, OptimizerConfig
 from lorax_train.encode import Example
-from lorax_train.inject import init_a, inject_all
+from lorax_train.inject import inject_all
 from lorax_train.loss import TargetLoss
+from lorax_train.start import init_a
 from lorax_train.trainer import Trainer, TrainingListener
 from lorax_train.training_run import TrainingRun
 
