@@ -22,6 +22,7 @@ __all__ = [
     "LoopConfig",
     "OptimizerConfig",
     "OutputConfig",
+    "Quantize",
     "TrainConfig",
 ]
 
@@ -30,6 +31,7 @@ Optimizer = Literal["adamw", "adam"]
 Schedule = Literal["cosine", "linear", "constant"]
 Device = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "bfloat16", "float32"]
+Quantize = Literal["none", "nf4", "int8"]
 SaveDtype = Literal["float32", "bfloat16"]
 
 
@@ -188,6 +190,8 @@ class TrainConfig:
     """``auto`` is cuda where there is one."""
     dtype: DtypeName = "auto"
     """Of the frozen base; ``auto`` is bfloat16 where the hardware multiplies it."""
+    quantize: Quantize = "none"
+    """How the base's linear layers are kept in training (QLoRA, arXiv:2305.14314)."""
     lora: InjectionConfig = field(default_factory=InjectionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -197,6 +201,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("--device", self.device, get_args(Device))
         _one_of("--dtype", self.dtype, get_args(DtypeName))
+        _one_of("--quantize", self.quantize, get_args(Quantize))
 
 
 def _at_least(flag: str, value: int, least: int) -> None:

@@ -3,10 +3,11 @@
 The terms, in bytes, for n trained numbers, e bytes an element of the base, and a largest batch of
 T tokens (padding included) with K targets:
 
-- weights: the base's parameters and buffers, each storage once;
+- weights: the base's parameters and buffers, each storage once (a quantised weight's are buffers);
 - adapter: ``n * (8 + e)``, values and gradients in float32 and the copy cast for the products;
 - optimizer: ``n * 8``, Adam's two float32 moments;
-- activations: ``T *`` what autograd keeps for one token, which is measured on this model;
+- activations: ``T *`` what autograd keeps for one token, which is measured on this model; with a
+  quantised base also its largest weight, in the dtype that it is dequantised to for a product;
 - logits: with the head on targets only, those of a few targets at a time; else ``K * vocabulary *
   (12 + 2 e)``: logits and their gradient in the base's dtype, and in float32 the logits, their
   log-softmax and its gradient.
@@ -29,6 +30,7 @@ from lorax_train.base import vocabulary_size
 from lorax_train.encode import Example
 from lorax_train.head import PIECE
 from lorax_train.loss import TargetLoss
+from lorax_train.quantize import QuantizedLinear
 from lorax_train.training_run import TrainingRun
 
 __all__ = ["MemoryEstimate", "available_memory", "estimate"]
@@ -86,9 +88,19 @@ def estimate(
         weights=sum(storages.values()),
         adapter=n_trained * (8 + size),
         optimizer=n_trained * 8,
-        activations=int(tokens * _activation_bytes_per_token(model, loss, largest[-1])),
+        activations=int(tokens * _activation_bytes_per_token(model, loss, largest[-1]))
+        + _largest_dequantised(model),
         logits=logits,
     )
+
+
+def _largest_dequantised(model: PreTrainedModel) -> int:
+    sizes = (
+        layer.in_features * layer.out_features * layer.dtype.itemsize
+        for layer in model.modules()
+        if isinstance(layer, QuantizedLinear)
+    )
+    return max(sizes, default=0)
 
 
 def _activation_bytes_per_token(

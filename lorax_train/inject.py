@@ -24,6 +24,7 @@ from lorax_train.base import output_head
 from lorax_train.config import InjectionConfig
 from lorax_train.frozen import product_of
 from lorax_train.lora import Span, lora_linear
+from lorax_train.quantize import QuantizedLinear
 from lorax_train.targets import resolve_targets
 
 __all__ = [
@@ -336,7 +337,7 @@ def module_shapes(model: PreTrainedModel) -> dict[str, ModuleShape]:
             size = module.in_features, module.out_features
         elif isinstance(module, Conv1D):  # stores W as [in, out]
             size = module.weight.shape[0], module.weight.shape[1]
-        elif hasattr(module, "product"):  # quantized
+        elif isinstance(module, QuantizedLinear):
             size = module.in_features, module.out_features
         elif module is embedding:
             size = module.num_embeddings, module.embedding_dim
@@ -390,7 +391,7 @@ def inject_all(
             lora_dropout=own.dropout,
             use_rslora=own.rslora,
             use_dora=own.dora,
-            fan_in_fan_out=all(isinstance(modules[path], Conv1D) for path in paths),
+            fan_in_fan_out=all(_is_transposed(modules[path]) for path in paths),
             init_lora_weights=own.init if own.init == "gaussian" else True,
             base_model_name_or_path=base_name,
         )
@@ -404,6 +405,13 @@ def inject_all(
         own_layers = {path: layers[path] for path in paths}
         adapters.append(TrainableLoRA(config, shapes, own_layers, index, routing))
     return adapters
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether the base stores this weight as ``[in, out]``, which PEFT must be told."""
+    if isinstance(module, QuantizedLinear):
+        return module.transposed
+    return isinstance(module, Conv1D)
 
 
 def _replace(

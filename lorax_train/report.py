@@ -41,7 +41,9 @@ def show_plan(
     rows += f", {len(run.held_out)} held out" if run.held_out else ""
     device = run.parameters[0].device.type
     scale = adapter.config.scale_for(next(iter(adapter.layers)))
-    console.line(f"model      {config.model} ({str(dtype).removeprefix('torch.')} on {device})")
+    stored = "" if config.quantize == "none" else f"linear layers in {config.quantize}, "
+    dtype_name = str(dtype).removeprefix("torch.")
+    console.line(f"model      {config.model} ({stored}{dtype_name} on {device})")
     console.line(
         f"adapter    rank {lora.r}, alpha {lora.lora_alpha:g}, scale {scale:g}, on "
         f"{len(adapter.layers)} modules: {', '.join(_shorten(lora.target_modules))}"

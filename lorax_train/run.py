@@ -25,6 +25,8 @@ from lorax_train.export import check_output, export, model_card
 from lorax_train.inject import TrainableLoRA, inject_all
 from lorax_train.loss import TargetLoss
 from lorax_train.probe import compute_probe
+from lorax_train.quantize import check_available, count_parameters
+from lorax_train.quantized_base import original_weights, quantization_warnings, restorable
 from lorax_train.report import show_example, show_memory, show_plan, show_probe, show_serving
 from lorax_train.trainer import Trainer
 from lorax_train.training_run import TrainingRecord, TrainingRun
@@ -59,7 +61,7 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
     checked before the model is loaded.
 
     Args:
-        configs: of each adapter. Model, device and dtype are the first one's.
+        configs: of each adapter. Model, device, dtype and quantize are the first one's.
         console: what is said goes there; default: to stderr.
 
     Raises:
@@ -72,12 +74,16 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
         check_output(config.output)
     device = choose_device(first.device)
     dtype = choose_dtype(first.dtype, device)
+    check_available(first.quantize)
     source = resolve_model(first.model)
     datasets = [prepare(config, source, console) for config in configs]
     fingerprint = _fingerprint(source, console)
     with _out_of_memory_explained():
-        model = load_model(first.model, source, dtype, device)
-        base_parameters = sum(p.numel() for p in model.parameters())
+        model = load_model(first.model, source, dtype, device, first.quantize)
+        if first.quantize != "none":
+            for warning in quantization_warnings(first.model, model, source):
+                console.warn(warning)
+        base_parameters = count_parameters(model)
         for config, data in zip(configs, datasets, strict=True):
             check_fit(config, model, [*data.examples, *data.held_out])
         loss = TargetLoss.prepare(model, datasets[0].examples[0])
@@ -107,7 +113,7 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
             console.warn("this model's logits are not its head's alone, so all are computed: slow")
         trainer.train()
     return [
-        _finish(console, config, model, run, data, fingerprint, served=obstacle is None)
+        _finish(console, config, model, run, data, source, fingerprint, served=obstacle is None)
         for config, run, data in zip(configs, runs, datasets, strict=True)
     ]
 
@@ -118,6 +124,7 @@ def _finish(
     model: PreTrainedModel,
     run: TrainingRun,
     data: Dataset,
+    source: Path,
     fingerprint: str | None,
     *,
     served: bool,
@@ -128,9 +135,11 @@ def _finish(
         console.line("interrupted before the first step; nothing was saved")
         return TrainResult(model, adapter, record, None)
     metadata = {"data_sha256": data.sha256}
-    if fingerprint is not None:
+    if fingerprint is not None and restorable(model):
         saved: torch.dtype = getattr(torch, config.output.save_dtype)
-        probe = compute_probe(model, adapter, data.held_out or data.examples, saved, fingerprint)
+        original = original_weights(model, source)
+        examples = data.held_out or data.examples
+        probe = compute_probe(model, adapter, examples, saved, fingerprint, original)
         show_probe(console, probe)
         metadata |= probe.to_metadata()
     _save(config, adapter, record, metadata)
