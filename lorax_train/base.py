@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,22 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of ``text``; ``special`` adds what the tokenizer puts around a prompt."""
-        ids: list[int] = self.hf(text, add_special_tokens=special)["input_ids"]
+        # verbose warns of more tokens than the model has positions, which check_fit refuses.
+        ids: list[int] = self.hf(text, add_special_tokens=special, verbose=False)["input_ids"]
         return list(ids)
 
-    def render(self, messages: Sequence[tuple[str, str]], *, answer: bool) -> list[int]:
-        """Token ids of (role, content) messages; ``answer`` opens the assistant's next turn."""
+    def render(
+        self,
+        messages: Sequence[tuple[str, str]],
+        *,
+        answer: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
+        """Token ids of (role, content) messages; ``answer`` opens the assistant's next turn, and
+        ``tools`` are described to the model if the template does so."""
         text = self.hf.apply_chat_template(
             [{"role": role, "content": content} for role, content in messages],
+            tools=[dict(tool) for tool in tools] or None,
             tokenize=False,
             add_generation_prompt=answer,
         )

@@ -7,16 +7,30 @@ cannot attend so get padded rows.
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lorax_train.encode import Example
 from lorax_train.lora import Span
+from lorax_train.token_store import StoredExamples
 
-__all__ = ["Batch", "Share", "collate", "plan_epoch", "split"]
+__all__ = [
+    "Batch",
+    "Share",
+    "by_length",
+    "collate",
+    "count_targets",
+    "lengths",
+    "plan_epoch",
+    "split",
+    "take",
+]
 
 # How many optimizer steps' rows are sorted by length together: enough that a batch holds like
 # lengths, few enough that the order of the rows stays random.
@@ -141,34 +155,63 @@ def plan_epoch(
     """Yield each optimizer step's batches, so that every example comes once.
 
     The rows are shuffled, sorted by length within groups of many steps, and the steps shuffled.
-    Which rows share a step depends on ``batch_size * grad_accumulation`` alone.
+    Which rows share a step depends on ``batch_size * grad_accumulation`` alone. Only the lengths
+    of all examples are in memory, and the examples of one step.
     """
     step_rows = batch_size * grad_accumulation
-    order = list(examples)
+    order = array("q", range(len(examples)))
     rng.shuffle(order)
-    steps = []
-    for start in range(0, len(order), _SORTED_TOGETHER * step_rows):
-        group = order[start : start + _SORTED_TOGETHER * step_rows]
-        group.sort(key=lambda example: len(example.tokens))
-        steps += _chunks(group, step_rows)
-    rng.shuffle(steps)
-    for step in steps:
-        yield _chunks(step, batch_size)
+    all_lengths = lengths(examples)
+    together = _SORTED_TOGETHER * step_rows
+    for start in range(0, len(order), together):
+        group = np.frombuffer(order, np.int64)[start : start + together]
+        group[:] = group[np.argsort(all_lengths[group], kind="stable")]
+    starts = array("q", range(0, len(order), step_rows))
+    rng.shuffle(starts)
+    for start in starts:
+        step = order[start : start + step_rows]
+        yield [
+            [examples[i] for i in step[at : at + batch_size]]
+            for at in range(0, len(step), batch_size)
+        ]
 
 
 def split(
     examples: Sequence[Example], share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """Split off ``share`` of the examples, at least one, chosen by ``seed``; order is kept.
 
     Returns:
         The rest, and the part that was split off.
     """
-    count = min(max(1, round(len(examples) * share)), len(examples) - 1)
-    chosen = set(random.Random(f"split {seed}").sample(range(len(examples)), count))
-    rest = [example for i, example in enumerate(examples) if i not in chosen]
-    return rest, [examples[i] for i in sorted(chosen)]
+    n = len(examples)
+    count = min(max(1, round(n * share)), n - 1)
+    chosen = set(random.Random(f"split {seed}").sample(range(n), count))
+    rest = array("q", (i for i in range(n) if i not in chosen))
+    return take(examples, rest), take(examples, sorted(chosen))
 
 
-def _chunks(items: list[Example], size: int) -> list[list[Example]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def lengths(examples: Sequence[Example]) -> npt.NDArray[Any]:
+    """Tokens in each example, ``[examples]``, without loading those that are stored."""
+    if isinstance(examples, StoredExamples):
+        return examples.lengths
+    return np.array([len(example.tokens) for example in examples])
+
+
+def count_targets(examples: Sequence[Example]) -> int:
+    """Tokens that are learned, in all examples, without loading those that are stored."""
+    if isinstance(examples, StoredExamples):
+        return examples.n_targets
+    return sum(example.n_targets for example in examples)
+
+
+def take(examples: Sequence[Example], indices: Sequence[int]) -> Sequence[Example]:
+    """Those at ``indices``, in their order; those that are stored stay there."""
+    if isinstance(examples, StoredExamples):
+        return examples.take(indices)
+    return [examples[i] for i in indices]
+
+
+def by_length(examples: Sequence[Example]) -> Sequence[Example]:
+    """Examples from the shortest to the longest."""
+    return take(examples, np.argsort(lengths(examples), kind="stable").tolist())

@@ -7,6 +7,8 @@ name the command line's flags.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,7 +25,10 @@ __all__ = [
     "OptimizerConfig",
     "OutputConfig",
     "Quantize",
+    "TextMode",
     "TrainConfig",
+    "check_together",
+    "parse_layers",
 ]
 
 Init = Literal["kaiming", "gaussian", "pissa"]
@@ -33,6 +38,10 @@ Device = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "bfloat16", "float32"]
 Quantize = Literal["none", "nf4", "int8"]
 SaveDtype = Literal["float32", "bfloat16"]
+TextMode = Literal["lines", "file", "windows"]
+
+# Of a text that is read in windows, unless it is said otherwise: the ancestor's split.
+_WINDOWS_HELD_OUT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,10 @@ class InjectionConfig:
     dropout: float = 0.0
     """Probability of zeroing an element of the LoRA branch's input, in training only."""
     targets: str = "all-linear"
-    """``all-linear``, ``qkv``, a comma list of module names, or ``regex:`` and an expression."""
+    """``all-linear``, ``qkv``, ``regex:`` and an expression, or a comma list of module names, of
+    which ``query``, ``key`` and ``value`` stand for what the model calls these."""
+    layers: tuple[int, ...] = ()
+    """Numbers of the layers that get LoRA; empty: all of them."""
     rslora: bool = False
     """Scale by ``alpha / sqrt(r)`` instead (arXiv:2312.03732)."""
     dora: bool = False
@@ -60,6 +72,8 @@ class InjectionConfig:
         if self.alpha is not None:
             _finite("--alpha", self.alpha, above=0.0)
         _finite("--dropout", self.dropout, at_least=0.0, below=1.0)
+        for layer in self.layers:
+            _at_least("--layers", layer, 0)
         _one_of("--init", self.init, get_args(Init))
 
     @property
@@ -74,19 +88,38 @@ class DataConfig:
     """Where the rows are, and how much of them is used."""
 
     train: Path
-    """JSONL: ``text``, ``prompt`` and ``completion``, or ``messages`` in every row."""
+    """A .jsonl, .parquet or .txt file, or a directory of them. Rows have ``text``, ``prompt`` and
+    ``completion``, or ``messages``, with or without ``tools``."""
     eval_file: Path | None = None
-    """Held-out rows in a file of their own."""
-    eval_split: float = 0.0
-    """Share of the training rows to hold out instead, chosen by the seed."""
+    """Held-out rows in a file or directory of their own."""
+    eval_split: float | None = None
+    """Share of the training rows to hold out instead, chosen by the seed; of windows, the end of
+    the text. None: 0, but 0.1 for windows."""
     max_length: int = 512
     """Most tokens in a row."""
+    text_mode: TextMode = "lines"
+    """What a row of .txt files is: a line, a file, or a window of tokens of all of them in a row,
+    at a random place."""
+    window: int = 256
+    """Tokens in a window."""
+    cache: Path | None = None
+    """A directory in which the tokens are kept for the next run; None: a temporary one."""
 
     def __post_init__(self) -> None:
         _at_least("--max-length", self.max_length, 2)
-        _finite("--eval-split", self.eval_split, at_least=0.0, below=1.0)
+        _at_least("--window", self.window, 2)
+        _one_of("--text-mode", self.text_mode, get_args(TextMode))
+        if self.eval_split is not None:
+            _finite("--eval-split", self.eval_split, at_least=0.0, below=1.0)
         if self.eval_file is not None and self.eval_split:
             raise TrainingError("--eval-data and --eval-split exclude each other; give one of them")
+
+    def held_out_share(self, *, windows: bool) -> float:
+        """The share of the training data that is held out."""
+        if self.eval_file is not None:
+            return 0.0
+        default = _WINDOWS_HELD_OUT if windows else 0.0
+        return default if self.eval_split is None else self.eval_split
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +174,8 @@ class LoopConfig:
     """Save the weights of the lowest held-out loss, if there are held-out rows, not the last."""
     save_every: int | None = None
     """Steps between two checkpoints, from which ``--resume`` goes on; None: none are written."""
+    checkpointing: bool = False
+    """Compute each layer again for the gradient: less memory, a third more time."""
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -173,8 +208,16 @@ class OutputConfig:
     """Whether a directory that holds something else than an adapter may be written into."""
     save_dtype: SaveDtype = "float32"
     """Of A and B in the file."""
+    portable: bool = False
+    """Whether the scale is folded into B, for loaders that read little of the config."""
+    resume: Path | bool = False
+    """Go on from the newest whole checkpoint in the directory, if there is one; or from this one,
+    or the newest in this directory."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
 
     def __post_init__(self) -> None:
+        _at_least("--keep-checkpoints", self.keep_checkpoints, 1)
         _one_of("--save-dtype", self.save_dtype, get_args(SaveDtype))
 
 
@@ -202,6 +245,64 @@ class TrainConfig:
         _one_of("--device", self.device, get_args(Device))
         _one_of("--dtype", self.dtype, get_args(DtypeName))
         _one_of("--quantize", self.quantize, get_args(Quantize))
+        held_out = self.data.eval_file is not None or self.data.eval_split
+        for flag, value in (
+            ("--eval-every", self.loop.eval_every),
+            ("--patience", self.loop.patience),
+        ):
+            if value is not None and not held_out:
+                raise TrainingError(
+                    f"{flag} needs rows to evaluate on; give --eval-split or --eval-data"
+                )
+        if self.output.portable and self.lora.dora:
+            raise TrainingError("--portable and --dora exclude each other: plain loaders have none")
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layer numbers from ``0,3-5``, each once, in order.
+
+    Raises:
+        TrainingError: when it is something else.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise TrainingError(
+                f"--layers {text!r}: expected numbers and ranges with commas between them, such as "
+                "0,3-5"
+            )
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def check_together(configs: Sequence[TrainConfig]) -> None:
+    """Make sure that these adapters can be trained at once.
+
+    Raises:
+        TrainingError: naming what they must share, or must not.
+    """
+    first = configs[0]
+    names: set[str] = set()
+    directories: dict[Path, str] = {}
+    for config in configs:
+        for field_name in ("model", "device", "dtype", "quantize"):
+            if getattr(config, field_name) != getattr(first, field_name):
+                raise TrainingError(
+                    f"{config.name}: {field_name} must be the same for all adapters that are "
+                    "trained at once"
+                )
+        if config.name in names:
+            raise TrainingError(f"two adapters are named {config.name!r}; rename one")
+        names.add(config.name)
+        directory = config.output.directory.resolve()
+        if directory in directories:
+            raise TrainingError(
+                f"{config.name}: --out {config.output.directory} is that of "
+                f"{directories[directory]} too; choose another"
+            )
+        directories[directory] = config.name
 
 
 def _at_least(flag: str, value: int, least: int) -> None:

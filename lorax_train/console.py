@@ -70,6 +70,14 @@ class Console(TrainingListener):
         loss = run.record.evaluations[-1].loss
         self.line(f"{_named(run)}held-out loss {loss:.4f} ({when})")
 
+    def shrunk(self, runs: Sequence[TrainingRun]) -> None:
+        """Warn of a lack of memory that was got round."""
+        rows = max(run.rows for run in runs)
+        self.warn(
+            f"out of memory; going on with batches of {rows} {'rows' if rows > 1 else 'row'}, and "
+            "more of them in a step, for the same result"
+        )
+
     def stopped(self, run: TrainingRun) -> None:
         """Say that a run has ended early."""
         self.line(

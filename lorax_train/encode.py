@@ -7,16 +7,17 @@ token, as in many base models, the EOS stays a target and the model learns to st
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jinja2
 
 from lorax_serve.errors import TrainingError
 from lorax_train.base import Tokenizer
-from lorax_train.rows import Message, Messages, PromptCompletion, Row, Text
+from lorax_train.content import Messages, PromptCompletion, Text
+from lorax_train.rows import Row
 
-__all__ = ["Example", "encode_rows"]
+__all__ = ["Encoder", "Example", "encode_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,59 +41,80 @@ class Example:
         return sum(self.trained)
 
 
-def encode_rows(
-    rows: Sequence[Row], tokenizer: Tokenizer, max_length: int
-) -> tuple[list[Example], list[str]]:
-    """Encode rows, and say what was cut or left out.
+class Encoder:
+    """Turns rows into examples one at a time, and counts what it cuts or leaves out.
 
     A text is cut at ``max_length``. A row with a completion or with messages is left out instead,
     because the cut would take the end of what it teaches, the EOS token with it.
 
-    Returns:
-        The examples, and warnings to show.
-
-    Raises:
-        TrainingError: naming the row, when it teaches nothing or its chat template cannot be
-            masked; or when no row is short enough.
+    Args:
+        tokenizer: of the base model.
+        max_length: most tokens in an example.
     """
-    examples: list[Example] = []
-    counts: Counter[str] = Counter()
-    longest = 0
-    for row in rows:
-        tokens, trained = _encode(row, tokenizer, counts)
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._counts: Counter[str] = Counter()
+        self._longest = 0
+
+    def encode(self, row: Row) -> Example | None:
+        """The row as the model sees it; None if it is left out.
+
+        Raises:
+            TrainingError: naming the row, when it teaches nothing or its chat template cannot be
+                masked.
+        """
+        counts, limit = self._counts, self._max_length
+        tokens, trained = _encode(row, self._tokenizer, counts)
         if not any(trained[1:]):
             raise TrainingError(f"{row.where}: no token to learn: the row is empty")
-        longest = max(longest, len(tokens))
-        if len(tokens) > max_length:
+        counts["rows"] += 1
+        self._longest = max(self._longest, len(tokens))
+        if len(tokens) > limit:
             if not isinstance(row.content, Text):
                 counts["dropped"] += 1
-                continue
+                return None
             counts["cut"] += 1
-            tokens, trained = tokens[:max_length], trained[:max_length]
-        examples.append(Example(tuple(tokens), (False, *trained[1:]), row.where))
-    if not examples:
-        raise TrainingError(
-            f"every row is longer than --max-length {max_length} tokens (the longest has "
-            f"{longest}); raise --max-length or shorten the rows"
-        )
-    return examples, _warnings(counts, len(rows), max_length)
+            tokens, trained = tokens[:limit], trained[:limit]
+        return Example(tuple(tokens), (False, *trained[1:]), row.where)
+
+    def finish(self) -> list[str]:
+        """What to warn of, once all rows are encoded.
+
+        Raises:
+            TrainingError: no row was short enough.
+        """
+        counts, limit = self._counts, self._max_length
+        n_rows = counts["rows"]
+        if n_rows == counts["dropped"]:
+            raise TrainingError(
+                f"every row is longer than --max-length {limit} tokens (the longest has "
+                f"{self._longest}); raise --max-length or shorten the rows"
+            )
+        out = []
+        if n := counts["cut"]:
+            out.append(f"{n} of {n_rows} rows were cut to --max-length {limit} tokens")
+        if n := counts["dropped"]:
+            out.append(
+                f"{n} of {n_rows} rows were left out: they are longer than --max-length {limit} "
+                "tokens, and cutting them would cut what they teach"
+            )
+        if n := counts["endless"]:
+            out.append(
+                f"the chat template ends {n} assistant turns without an end-of-sequence token, so "
+                "the model will not learn to stop there"
+            )
+        return out
 
 
-def _warnings(counts: Counter[str], n_rows: int, max_length: int) -> list[str]:
-    out = []
-    if n := counts["cut"]:
-        out.append(f"{n} of {n_rows} rows were cut to --max-length {max_length} tokens")
-    if n := counts["dropped"]:
-        out.append(
-            f"{n} of {n_rows} rows were left out: they are longer than --max-length {max_length} "
-            "tokens, and cutting them would cut what they teach"
-        )
-    if n := counts["endless"]:
-        out.append(
-            f"the chat template ends {n} assistant turns without an end-of-sequence token, so the "
-            "model will not learn to stop there"
-        )
-    return out
+def encode_rows(
+    rows: Iterable[Row], tokenizer: Tokenizer, max_length: int
+) -> tuple[list[Example], list[str]]:
+    """All rows' examples in memory, and what to warn of; see ``Encoder``."""
+    encoder = Encoder(tokenizer, max_length)
+    examples = [example for row in rows if (example := encoder.encode(row)) is not None]
+    return examples, encoder.finish()
 
 
 def _encode(row: Row, tokenizer: Tokenizer, counts: Counter[str]) -> tuple[list[int], list[bool]]:
@@ -107,12 +129,12 @@ def _encode(row: Row, tokenizer: Tokenizer, counts: Counter[str]) -> tuple[list[
             read = tokenizer.encode(prompt, special=True)
             learned = [*tokenizer.encode(completion, special=False), tokenizer.eos_id]
             return read + learned, [False] * len(read) + [True] * len(learned)
-        case Messages(messages):
-            return _encode_messages(row.where, messages, tokenizer, counts)
+        case Messages():
+            return _encode_messages(row.where, row.content, tokenizer, counts)
 
 
 def _encode_messages(
-    where: str, messages: tuple[Message, ...], tokenizer: Tokenizer, counts: Counter[str]
+    where: str, chat: Messages, tokenizer: Tokenizer, counts: Counter[str]
 ) -> tuple[list[int], list[bool]]:
     """Mask a conversation by rendering its prefixes; what follows the last answer is left out.
 
@@ -120,12 +142,12 @@ def _encode_messages(
     prompt, up to its last end-of-sequence token. Both must be prefixes of the whole conversation,
     or what is learned would not be what the model is asked for when it serves.
     """
-    turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    tokens = _render(where, messages[: turns[-1] + 1], tokenizer, answer=False)
+    turns = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
+    tokens = _render(where, chat, turns[-1] + 1, tokenizer, answer=False)
     trained = [False] * len(tokens)
     for turn in turns:
-        before = _render(where, messages[:turn], tokenizer, answer=True)
-        after = _render(where, messages[: turn + 1], tokenizer, answer=False)
+        before = _render(where, chat, turn, tokenizer, answer=True)
+        after = _render(where, chat, turn + 1, tokenizer, answer=False)
         if (
             tokens[: len(before)] != before
             or tokens[: len(after)] != after
@@ -144,11 +166,13 @@ def _encode_messages(
 
 
 def _render(
-    where: str, messages: tuple[Message, ...], tokenizer: Tokenizer, *, answer: bool
+    where: str, chat: Messages, count: int, tokenizer: Tokenizer, *, answer: bool
 ) -> list[int]:
+    """The first ``count`` messages."""
+    messages = [(message.role, message.content) for message in chat.messages[:count]]
     try:
-        return tokenizer.render([(m.role, m.content) for m in messages], answer=answer)
+        return tokenizer.render(messages, answer=answer, tools=chat.tools)
     except (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
         raise TrainingError(
-            f"{where}: the chat template refuses messages[:{len(messages)}]: {error}"
+            f"{where}: the chat template refuses messages[:{count}]: {error}"
         ) from error

@@ -12,10 +12,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["PIECE", "head_loss", "head_loss_reference"]
+__all__ = ["head_loss", "head_loss_reference", "piece"]
 
 PIECE = 8 << 20
 """So many logits exist at a time: 32 MiB in float32."""
+
+
+def piece(vocabulary: int) -> int:
+    """How many targets' logits exist at a time."""
+    return max(16, PIECE // vocabulary)
 
 
 def head_loss(
@@ -65,7 +70,7 @@ class _HeadLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         n = len(hidden)
-        size = max(16, PIECE // len(weight))
+        size = piece(len(weight))
         losses = torch.empty(n, dtype=torch.float32, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None

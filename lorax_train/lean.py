@@ -6,6 +6,7 @@ bits; the gradient is written by hand. A module is replaced only if a trial agre
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 __all__ = ["LeanMLP", "LeanRMSNorm", "make_lean"]
+
+_GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -88,7 +91,7 @@ def make_lean(model: PreTrainedModel) -> int:
     """
     replaced = 0
     for path, module in list(model.named_modules()):
-        found = _lean(module)
+        found = _lean(module, model)
         if found is None:
             continue
         parent, _, name = path.rpartition(".")
@@ -98,19 +101,19 @@ def make_lean(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def _lean(module: Any) -> nn.Module | None:
+def _lean(module: Any, model: PreTrainedModel) -> nn.Module | None:
     eps = getattr(module, "variance_epsilon", None)
     # Asked for second: a quantised layer would dequantise its weight to answer.
     weight = getattr(module, "weight", None) if isinstance(eps, float) else None
     if isinstance(weight, torch.Tensor) and isinstance(eps, float) and weight.ndim == 1:
         found: nn.Module = LeanRMSNorm(weight, eps)
-        trial = torch.linspace(-3, 5, 2 * len(weight), device=weight.device, dtype=weight.dtype)
-        trial = trial.view(2, -1)
-    elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
+        width = len(weight)
+    elif all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED):
         found = LeanMLP(module)
         width = getattr(module.gate_proj, "in_features", 0)
-        trial = torch.linspace(-1, 1, 2 * width).view(2, -1)
-        trial = trial.to(module.gate_proj.weight)
     else:
         return None
+    if not width or len(inspect.signature(module.forward).parameters) != 1:
+        return None
+    trial = torch.linspace(-3, 5, 2 * width, device=model.device, dtype=model.dtype).view(2, -1)
     return found if torch.equal(module(trial), found(trial)) else None

@@ -78,17 +78,19 @@ def lora_reference(
     b: torch.Tensor,
     scales: Sequence[float],
     spans: Sequence[Span],
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same as ``lora_linear`` without dropout, as written, for tests."""
+    """The same as ``lora_linear``, as written, for tests."""
     flat = x.flatten(0, -2)
     y = base.forward_product(flat)
-    parts = [y[: spans[0].start]] if spans else [y]
-    for span, after in zip(spans, [*spans[1:], None], strict=True):
+    branch = flat if kept is None else flat * kept
+    parts, end = [], 0
+    for span in spans:
         at = slice(span.start, span.stop)
-        change = F.linear(F.linear(flat[at], a[span.adapter]), b[span.adapter])
-        parts.append(y[at] + scales[span.adapter] * change)
-        parts.append(y[span.stop : after.start if after else None])
-    return torch.cat(parts).view(*x.shape[:-1], -1)
+        change = F.linear(F.linear(branch[at], a[span.adapter]), b[span.adapter])
+        parts += [y[end : span.start], y[at] + scales[span.adapter] * change]
+        end = span.stop
+    return torch.cat([*parts, y[end:]]).view(*x.shape[:-1], -1)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -105,7 +107,7 @@ class _LoRALinear(torch.autograd.Function):
     ) -> torch.Tensor:
         y = base.forward_product(x)
         branch = x if kept is None else x * kept
-        h = x.new_empty(x.shape[0], a.shape[1])
+        h = x.new_empty(x.shape[0], a.shape[1])  # tokens in no span have none, and nothing reads it
         if size := _equal_parts(spans, len(a), len(x)):
             hs = torch.bmm(branch.view(len(a), size, -1), a.transpose(1, 2))
             hs.mul_(hs.new_tensor(scales)[:, None, None])
@@ -156,7 +158,8 @@ def _equal_parts(spans: Sequence[Span], adapters: int, tokens: int) -> int:
     """The number of tokens that each adapter has, if they lie in order and have equally many; 0
     otherwise."""
     size = tokens // adapters
-    equal = len(spans) == adapters and all(
+    equal = size * adapters == tokens and len(spans) == adapters
+    equal = equal and all(
         (span.adapter, span.start, span.stop) == (i, i * size, (i + 1) * size)
         for i, span in enumerate(spans)
     )

@@ -3,7 +3,8 @@ computed for the others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,16 +18,17 @@ from lorax_train.base import output_head
 from lorax_train.batches import Batch, collate
 from lorax_train.encode import Example
 from lorax_train.head import head_loss
-from lorax_train.inject import LoRALayer, Routing
+from lorax_train.layers import LoRALayer, Routing
 from lorax_train.lean import make_lean
+from lorax_train.lora import Span
 
-__all__ = ["LossFunction", "TargetLoss", "mean_loss"]
+__all__ = ["CHUNK", "LossFunction", "TargetLoss", "cross_entropy", "mean_loss"]
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits ``[n, vocabulary]`` float32 and labels ``[n]`` to each target's loss ``[n]``."""
 
-# Targets whose logits exist at a time where the head's own gradient is wanted.
-_CHUNK = 256
+CHUNK = 256
+"""So many targets' logits exist at a time where the head's own gradient is wanted."""
 # Sums of products in another order differ by this much of the largest logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -91,18 +93,14 @@ class TargetLoss:
                 found = head(hidden.flatten(0, 1)[plain.before])
                 loss.head_on_targets = torch.equal(found, expected)
             make_lean(model)
-            before = model.config._attn_implementation
-            try:
-                use_row_attention(model)
-                loss.padded = False
-                found = loss.logits(collate(rows, 0).to(model.device))
-                worst = (found - expected).abs().max() / expected.abs().max()
-                loss.padded = bool(worst > _TOLERANCE[expected.dtype])
-            except (TypeError, ValueError, RuntimeError):
-                loss.padded = True
-            if loss.padded:
-                model.set_attn_implementation(before)
+            loss.padded = not loss._keeps_rows_apart(rows, expected)
         return loss
+
+    @property
+    def head_is_frozen(self) -> bool:
+        """Whether nothing of the head is trained and the loss is the default one: then the
+        gradient of the hidden state is computed on the way."""
+        return self.function is cross_entropy and not isinstance(output_head(self.model), LoRALayer)
 
     def collate(self, shares: Any, pad_id: int) -> Batch:
         """A batch in the layout that the model takes, on its device."""
@@ -129,7 +127,7 @@ class TargetLoss:
         hidden, head = self.hidden(batch), output_head(self.model)
         assert hidden is not None  # prepare() has seen both
         assert head is not None
-        with self._routed_targets(batch):
+        with self.routing.to(batch.target_spans):
             found: torch.Tensor = head(hidden.flatten(0, 1)[batch.before])
         return found
 
@@ -143,26 +141,43 @@ class TargetLoss:
         hidden = self.hidden(batch)
         assert hidden is not None
         at_targets = hidden.flatten(0, 1)[batch.before]
-        if self.function is cross_entropy and not isinstance(head, LoRALayer):
+        if self.head_is_frozen:
             weight: Any = head.weight
             bias = getattr(head, "bias", None)
             return head_loss(at_targets, weight, batch.labels, batch.weights, bias)
         return self._in_chunks(head, at_targets, batch)
+
+    def _keeps_rows_apart(self, rows: Sequence[Example], expected: torch.Tensor) -> bool:
+        """Have the model attend within rows, if it gives what it gives for padded rows then."""
+        model = self.model
+        before = model.config._attn_implementation
+        try:
+            use_row_attention(model)
+            self.padded = False
+            found = self.logits(collate(rows, 0).to(model.device))
+            worst = (found - expected).abs().max() / expected.abs().max()
+            apart = bool(worst <= _TOLERANCE[expected.dtype])  # False as well if it is no number
+        except (TypeError, ValueError, RuntimeError):
+            apart = False
+        if not apart:
+            model.set_attn_implementation(before)
+        return apart
 
     def _in_chunks(
         self, head: nn.Module, hidden: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """With a trained head, or another loss: logits are computed again for the gradient."""
 
-        def loss_of(part: torch.Tensor, labels: torch.Tensor, adapter: int) -> torch.Tensor:
-            with self.routing.alone(adapter):
+        def loss_of(part: torch.Tensor, labels: torch.Tensor, adapter: int, draw: int) -> Any:
+            with self.routing.to((Span(adapter, 0, len(part)),), draws={adapter: draw}):
                 return self.function(head(part).float(), labels)
 
         losses = []
         for span in batch.target_spans:
-            for start in range(span.start, span.stop, _CHUNK):
-                at = slice(start, min(start + _CHUNK, span.stop))
-                args = (hidden[at], batch.labels[at], span.adapter)
+            for start in range(span.start, span.stop, CHUNK):
+                at = slice(start, min(start + CHUNK, span.stop))
+                draw = hash((self.routing.draws.get(span.adapter, 0), start - span.start))
+                args = (hidden[at], batch.labels[at], span.adapter, draw)
                 losses.append(checkpoint(loss_of, *args, use_reentrant=False))
         all_losses = torch.cat(losses)
         return (all_losses * batch.weights).sum(), all_losses.detach()
@@ -177,11 +192,9 @@ class TargetLoss:
             inputs |= {"position_ids": batch.positions, BOUNDS: batch.bounds}
         return inputs
 
-    def _routed(self, batch: Batch) -> Any:
-        return self.routing.to(batch.spans)
-
-    def _routed_targets(self, batch: Batch) -> Any:
-        return self.routing.to(batch.target_spans)
+    def _routed(self, batch: Batch) -> AbstractContextManager[None]:
+        real = None if batch.mask is None else batch.mask.flatten() > 0
+        return self.routing.to(batch.spans, real)
 
 
 @torch.no_grad()

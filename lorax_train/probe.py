@@ -5,8 +5,8 @@ It is computed from A and B as they are saved, which may be rounded, on the mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ def compute_probe(
             dtype=dtype,
         )
 
-    with _rounded(adapter, saved):
+    with adapter.rounded(saved):
         best: Probe | None = None
         for example in examples[:: max(1, len(examples) // _CANDIDATES)][:_CANDIDATES]:
             # Whatever follows a row of one or two tokens is as good as anything else.
@@ -83,7 +83,7 @@ def _both(
     model: PreTrainedModel, adapter: TrainableLoRA, tokens: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits after each of ``tokens``, ``[tokens, vocabulary]`` float32: adapter's, base's."""
-    ids = torch.tensor([tokens], device=adapter.parameters()[0].device)
+    ids = torch.tensor([tokens], device=model.device)
 
     def logits() -> torch.Tensor:
         out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -99,15 +99,3 @@ def _both(
         tuned = logits()
     with adapter.switched_off():
         return tuned, logits()
-
-
-@contextmanager
-def _rounded(adapter: TrainableLoRA, dtype: torch.dtype) -> Iterator[None]:
-    kept = [parameter.data for parameter in adapter.parameters()]
-    for parameter in adapter.parameters():
-        parameter.data = parameter.data.to(dtype).float()
-    try:
-        yield
-    finally:
-        for parameter, data in zip(adapter.parameters(), kept, strict=True):
-            parameter.data = data

@@ -11,6 +11,7 @@ import torch
 
 from lorax_serve.adapter.probe import Probe
 from lorax_train.base import Tokenizer
+from lorax_train.batches import count_targets, lengths
 from lorax_train.config import TrainConfig
 from lorax_train.console import Console, size
 from lorax_train.encode import Example
@@ -35,17 +36,18 @@ def show_plan(
     total = n + base_parameters
     file_bytes = n * (4 if config.output.save_dtype == "float32" else 2)
     lora, loop = adapter.config, config.loop
-    tokens = sum(len(example.tokens) for example in run.examples)
-    targets = sum(example.n_targets for example in run.examples)
+    tokens = int(lengths(run.examples).sum())
+    targets = count_targets(run.examples)
     rows = f"{len(run.examples)} to train on"
     rows += f", {len(run.held_out)} held out" if run.held_out else ""
     device = run.parameters[0].device.type
+    named = f"{config.name}: " if config.name else ""
     scale = adapter.config.scale_for(next(iter(adapter.layers)))
     stored = "" if config.quantize == "none" else f"linear layers in {config.quantize}, "
     dtype_name = str(dtype).removeprefix("torch.")
     console.line(f"model      {config.model} ({stored}{dtype_name} on {device})")
     console.line(
-        f"adapter    rank {lora.r}, alpha {lora.lora_alpha:g}, scale {scale:g}, on "
+        f"adapter    {named}rank {lora.r}, alpha {lora.lora_alpha:g}, scale {scale:g}, on "
         f"{len(adapter.layers)} modules: {', '.join(_shorten(lora.target_modules))}"
     )
     console.line(f"parameters {n:,} trainable of {total:,} ({n / total:.2%}), {size(file_bytes)}")
@@ -74,8 +76,15 @@ def mark(console: Console, example: Example, tokenizer: Tokenizer) -> str:
     return "".join(parts) + (f" … ({left} more tokens)" if left else "")
 
 
-def show_memory(console: Console, need: MemoryEstimate, available: int | None) -> None:
-    """The memory estimate; a warning with what to change if there is not enough."""
+def show_memory(
+    console: Console, need: MemoryEstimate, available: int | None, device: str = "cpu"
+) -> None:
+    """The memory estimate; a warning with what to change if there is not enough.
+
+    On a GPU, an allocation fails, and the trainer goes on with smaller batches. On a CPU, the
+    system kills the process instead, so this is the only warning that there can be.
+    """
+    end = ", and the system may kill it without a word" if device == "cpu" else ""
     console.line(
         f"memory     about {size(need.total)}: weights {size(need.weights)} (loaded), adapter and "
         f"gradients {size(need.adapter)}, optimizer {size(need.optimizer)}, activations "
@@ -89,7 +98,7 @@ def show_memory(console: Console, need: MemoryEstimate, available: int | None) -
     if available is not None and need.to_come > available:
         console.warn(
             f"the run is likely to need {size(need.to_come - available)} more memory than there "
-            "is; lower --batch-size (and raise --grad-accumulation by as much, for the same "
+            f"is{end}; lower --batch-size (and raise --grad-accumulation by as much, for the same "
             "result), or lower --max-length"
         )
 

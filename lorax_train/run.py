@@ -17,17 +17,22 @@ from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.source import resolve_model
 from lorax_train.base import choose_device, choose_dtype, load_model
-from lorax_train.config import TrainConfig
+from lorax_train.checkpoint import Checkpoints
+from lorax_train.checkpointing import checkpoint_layers
+from lorax_train.config import TrainConfig, check_together
 from lorax_train.console import Console, size
-from lorax_train.dataset import Dataset, check_fit, prepare
+from lorax_train.dataset import Dataset, check_files, check_fit, prepare
 from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
-from lorax_train.inject import TrainableLoRA, inject_all
+from lorax_train.inject import TrainableLoRA, inject_all, tied_targets
 from lorax_train.loss import TargetLoss
+from lorax_train.memory import is_out_of_memory, out_of_memory
+from lorax_train.portable import check_portable
 from lorax_train.probe import compute_probe
 from lorax_train.quantize import check_available, count_parameters
 from lorax_train.quantized_base import original_weights, quantization_warnings, restorable
 from lorax_train.report import show_example, show_memory, show_plan, show_probe, show_serving
+from lorax_train.token_store import TokenStore
 from lorax_train.trainer import Trainer
 from lorax_train.training_run import TrainingRecord, TrainingRun
 
@@ -56,13 +61,16 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     return train_all([config], console)[0]
 
 
-def train_all(configs: Sequence[TrainConfig], console: Console | None = None) -> list[TrainResult]:
+def train_all(
+    configs: Sequence[TrainConfig], console: Console | None = None, *, dry_run: bool = False
+) -> list[TrainResult]:
     """Train adapters on one base model, all at once, and save them; whatever can be checked is
     checked before the model is loaded.
 
     Args:
-        configs: of each adapter. Model, device, dtype and quantize are the first one's.
+        configs: of each adapter; all have the same model, device, dtype and quantize.
         console: what is said goes there; default: to stderr.
+        dry_run: do everything but the training, and return nothing.
 
     Raises:
         TrainingError: when data or settings cannot work, naming the row, flag or tensor.
@@ -70,14 +78,22 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
     """
     console = console or Console(sys.stderr)
     first = configs[0]
+    check_together(configs)
     for config in configs:
-        check_output(config.output)
+        with _naming(config):
+            check_output(config.output)
+            check_files(config.data)
     device = choose_device(first.device)
     dtype = choose_dtype(first.dtype, device)
     check_available(first.quantize)
     source = resolve_model(first.model)
-    datasets = [prepare(config, source, console) for config in configs]
+    datasets = []
+    stores: dict[str, TokenStore] = {}
+    for config in configs:
+        with _naming(config):
+            datasets.append(prepare(config, source, console, stores))
     fingerprint = _fingerprint(source, console)
+    checkpoints = Checkpoints(configs, datasets, fingerprint or first.model, dtype, console)
     with _out_of_memory_explained():
         model = load_model(first.model, source, dtype, device, first.quantize)
         if first.quantize != "none":
@@ -85,7 +101,9 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
                 console.warn(warning)
         base_parameters = count_parameters(model)
         for config, data in zip(configs, datasets, strict=True):
-            check_fit(config, model, [*data.examples, *data.held_out])
+            for examples in filter(None, (data.examples, data.held_out)):
+                with _naming(config):
+                    check_fit(config, model, examples)
         loss = TargetLoss.prepare(model, datasets[0].examples[0])
         adapters = inject_all(
             model,
@@ -93,7 +111,17 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
             first.model,
             [config.loop.seed for config in configs],
         )
+        for config, adapter in zip(configs, adapters, strict=True):
+            if config.output.portable:
+                check_portable(adapter.config, adapter.layers, adapter.shapes)
         loss.routing = adapters[0].routing
+        if any(config.loop.checkpointing for config in configs):
+            checkpoint_layers(model, loss.routing)
+        for tied in dict.fromkeys(path for each in adapters for path in tied_targets(model, each)):
+            console.warn(
+                f"{tied} shares its weight with another module, which this adapter leaves alone; "
+                "merging it into the base would change both"
+            )
         obstacle = _why_not_served(source)
         if obstacle:
             console.warn(f"lorax-serve will refuse this adapter, PEFT will not: {obstacle}")
@@ -103,14 +131,18 @@ def train_all(configs: Sequence[TrainConfig], console: Console | None = None) ->
             )
             for adapter, data, config in zip(adapters, datasets, configs, strict=True)
         ]
-        trainer = Trainer(loss, runs, datasets[0].tokenizer.pad_id, [console])
+        trainer = Trainer(loss, runs, datasets[0].tokenizer.pad_id, [console, checkpoints])
         for config, run, data in zip(configs, runs, datasets, strict=True):
             show_plan(console, config, run, base_parameters, dtype)
             show_example(console, run.examples[0], data.tokenizer)
         need = estimate(model, runs, loss)
-        show_memory(console, need, available_memory(device))
+        show_memory(console, need, available_memory(device), device.type)
         if not loss.head_on_targets:
             console.warn("this model's logits are not its head's alone, so all are computed: slow")
+        if dry_run:
+            console.line("dry run: nothing was trained")
+            return []
+        checkpoints.resume(runs)
         trainer.train()
     return [
         _finish(console, config, model, run, data, source, fingerprint, served=obstacle is None)
@@ -142,15 +174,14 @@ def _finish(
         probe = compute_probe(model, adapter, examples, saved, fingerprint, original)
         show_probe(console, probe)
         metadata |= probe.to_metadata()
-    _save(config, adapter, record, metadata)
-    _conclude(console, config, record, served=served)
+    _save(config, run, metadata)
+    _conclude(console, config, run, served=served)
     return TrainResult(model, adapter, record, config.output.directory)
 
 
-def _save(
-    config: TrainConfig, adapter: TrainableLoRA, record: TrainingRecord, metadata: dict[str, str]
-) -> None:
-    eval_loss = f"{record.eval_losses[-1]:.6f}" if record.eval_losses else "none"
+def _save(config: TrainConfig, run: TrainingRun, metadata: dict[str, str]) -> None:
+    adapter, record, kept = run.adapter, run.record, run.kept
+    eval_loss = f"{kept.loss:.6f}" if kept else "none"
     metadata = metadata | {
         "producer": f"lorax-train {__version__}",
         "base_model": config.model,
@@ -166,7 +197,7 @@ def _save(
         "tokens trained on": f"{record.tokens:,}",
         "loss, latest steps": f"{record.train_loss:.4f}",
         "held-out loss before": f"{record.eval_losses[0]:.4f}" if record.eval_losses else "none",
-        "held-out loss after": f"{record.eval_losses[-1]:.4f}" if record.eval_losses else "none",
+        "held-out loss after": f"{kept.loss:.4f} (step {kept.step})" if kept else "none",
         "learning rate": f"{config.optimizer.lr:g} ({config.optimizer.schedule})",
         "seed": str(config.loop.seed),
         "data (SHA-256)": f"`{metadata['data_sha256']}`",
@@ -174,7 +205,7 @@ def _save(
     }
     out = config.output
     card = model_card(config.model, out.directory.resolve().name, facts)
-    export(adapter, out.directory, out.save_dtype, metadata, card)
+    export(adapter, out.directory, out.save_dtype, metadata, card, as_portable=out.portable)
 
 
 def _why_not_served(source: Path) -> str | None:
@@ -195,30 +226,41 @@ def _fingerprint(source: Path, console: Console) -> str | None:
         return None
 
 
-def _conclude(
-    console: Console, config: TrainConfig, record: TrainingRecord, *, served: bool
-) -> None:
-    held_out = f", held-out {record.eval_losses[-1]:.4f}" if record.eval_losses else ""
+def _conclude(console: Console, config: TrainConfig, run: TrainingRun, *, served: bool) -> None:
+    record, kept = run.record, run.kept
+    held_out = f", held-out {kept.loss:.4f}" if kept else ""
     done = "interrupted; saved what there is:" if record.interrupted else "done:"
     n_bytes = sum(path.stat().st_size for path in config.output.directory.glob("*.safetensors"))
     console.line(
         f"{done} {record.steps} steps in {record.seconds:.1f} s, "
         f"{record.tokens_per_second:.0f} tokens/s; loss {record.train_loss:.4f}{held_out}"
     )
+    if kept and kept.step < record.steps:
+        console.line(
+            f"the adapter is that of step {kept.step}, whose held-out loss is the lowest "
+            "(--no-keep-best saves the last)"
+        )
     console.line(f"adapter in {config.output.directory} ({size(n_bytes)})")
     if served:
         show_serving(console, config.model, config.output.directory)
 
 
 @contextmanager
+def _naming(config: TrainConfig) -> Iterator[None]:
+    """Say in an error whose it is, where several adapters are trained."""
+    try:
+        yield
+    except TrainingError as error:
+        if not config.name:
+            raise
+        raise TrainingError(f"{config.name}: {error}") from error
+
+
+@contextmanager
 def _out_of_memory_explained() -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        on_cpu = "allocate memory" in str(error)  # a bare RuntimeError there
-        if not on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        raise TrainingError(
-            "out of memory; lower --batch-size (and raise --grad-accumulation by as much, for the "
-            "same result), lower --max-length, or choose a smaller model"
-        ) from error
+        raise out_of_memory() from error

@@ -10,15 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 
 from lorax_train.batches import Share
 from lorax_train.encode import Example
+from lorax_train.interrupts import interrupts_held
 from lorax_train.loss import TargetLoss, mean_loss
+from lorax_train.memory import is_out_of_memory, out_of_memory, release
 from lorax_train.training_run import TrainingRun
 
 __all__ = ["Trainer", "TrainingListener"]
+
+_Result = TypeVar("_Result")
 
 
 class TrainingListener:
@@ -32,6 +37,12 @@ class TrainingListener:
 
     def evaluated(self, run: TrainingRun, when: str) -> None:
         """A run has a new held-out loss."""
+
+    def settled(self, runs: Sequence[TrainingRun]) -> None:
+        """A step and the evaluations after it are over; these are all runs of the training."""
+
+    def shrunk(self, runs: Sequence[TrainingRun]) -> None:
+        """There was not enough memory: from here on, no batch has more than ``run.rows`` rows."""
 
     def stopped(self, run: TrainingRun) -> None:
         """A run has ended before its last step, since its held-out loss no longer falls."""
@@ -67,18 +78,19 @@ class Trainer:
         """Train to the end, or until Ctrl-C, which is recorded and leaves what was learned.
 
         Raises:
-            TrainingError: when a loss or gradient is no longer a finite number.
+            TrainingError: when a loss or gradient is no longer a finite number, or a batch of one
+                row does not fit in memory.
         """
         try:
             for run in self.runs:
-                if not run.record.steps:
-                    self._evaluate(run, "before training")
+                self._evaluate_if_due(run)  # or again, if a run goes on that was killed before it
             self._tell(lambda listener: listener.started(self.runs))
             while active := [run for run in self.runs if not run.done]:
                 self._step(active)
                 self._tell(lambda listener, runs=active: listener.stepped(runs))  # type: ignore[misc]
                 for run in active:
                     self._evaluate_if_due(run)
+                self._tell(lambda listener: listener.settled(self.runs))
         except KeyboardInterrupt:
             self.interrupted = True
             for run in self.runs:
@@ -89,19 +101,33 @@ class Trainer:
             run.take_best()
 
     def _step(self, runs: Sequence[TrainingRun]) -> None:
-        """One optimizer step of each run on the mean loss over all targets of its batches.
-
-        Every target weighs the same, in whichever of the batches it is: so accumulation changes
-        memory and not the result.
-        """
+        """One optimizer step of each run on the mean loss over all targets of its batches."""
         started = time.perf_counter()
         steps = [run.next_step() for run in runs]
-        targets = [sum(e.n_targets for batch in step for e in batch) for step in steps]
-        losses = [0.0] * len(runs)
         for run in runs:
             run.adapter.train(True)
+        losses = self._shrinking(runs, lambda: self._gradients(runs, steps))
+        seconds = time.perf_counter() - started
+        with interrupts_held():
+            for run, loss, step in zip(runs, losses, steps, strict=True):
+                examples = [example for batch in step for example in batch]
+                targets = sum(example.n_targets for example in examples)
+                tokens = sum(len(example.tokens) for example in examples)
+                run.update(loss, targets, tokens, seconds)
+
+    def _gradients(
+        self, runs: Sequence[TrainingRun], steps: Sequence[Sequence[Sequence[Example]]]
+    ) -> list[float]:
+        """Add up the gradients of each run's batches, and return each run's summed loss.
+
+        Every target weighs the same, in whichever of the batches it is: so accumulation, and
+        smaller batches than were asked for, change memory and not the result.
+        """
+        targets = [sum(e.n_targets for batch in step for e in batch) for step in steps]
+        cut = [run.cut(step) for run, step in zip(runs, steps, strict=True)]
+        losses = [0.0] * len(runs)
         routing = self.loss.routing
-        for number, batches in enumerate(zip_longest(*steps, fillvalue=())):
+        for number, batches in enumerate(zip_longest(*cut, fillvalue=())):
             shares = [
                 Share(run.adapter.index, batch, 1 / n)
                 for run, batch, n in zip(runs, batches, targets, strict=True)
@@ -114,14 +140,33 @@ class Trainer:
             for span in batch.target_spans:
                 place = next(i for i, r in enumerate(runs) if r.adapter.index == span.adapter)
                 losses[place] += float(each[span.start : span.stop].sum())
-        seconds = time.perf_counter() - started
-        for run, loss, n, step in zip(runs, losses, targets, steps, strict=True):
-            tokens = sum(len(e.tokens) for batch in step for e in batch)
-            run.update(loss, n, tokens, seconds)
+        return losses
+
+    def _shrinking(self, runs: Sequence[TrainingRun], compute: Callable[[], _Result]) -> _Result:
+        """What ``compute`` returns; while there is not enough memory for it, with batches of half
+        as many rows, from its beginning."""
+        while True:
+            try:
+                return compute()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                rows = max(run.rows for run in runs)
+                if rows == 1:
+                    raise out_of_memory(rows) from error
+            for run in runs:
+                run.optimizer.zero_grad()
+                run.rows = min(run.rows, (rows + 1) // 2)
+            release()
+            self._tell(lambda listener: listener.shrunk(runs))
 
     def _evaluate_if_due(self, run: TrainingRun) -> None:
         steps, every = run.record.steps, run.loop.eval_every
-        if run.done:
+        if any(each.step == steps for each in run.record.evaluations):
+            return
+        if not steps:
+            self._evaluate(run, "before training")
+        elif run.done:
             self._evaluate(run, "at the end")
         elif every is not None and steps % every == 0:
             self._evaluate(run, f"step {steps}")
@@ -133,14 +178,13 @@ class Trainer:
         if not run.held_out:
             return
         run.adapter.train(False)
-        size = run.loop.batch_size
-        starts = range(0, len(run.held_out), size)
 
-        def batch(examples: Sequence[Example]) -> object:
-            return self.loss.collate([Share(run.adapter.index, examples)], self.pad_id)
+        def held_out_loss() -> float:
+            parts = run.cut([run.held_out])
+            shares = ([Share(run.adapter.index, part)] for part in parts)
+            return mean_loss(self.loss, (self.loss.collate(each, self.pad_id) for each in shares))
 
-        parts = (run.held_out[start : start + size] for start in starts)
-        run.evaluated(mean_loss(self.loss, map(batch, parts)))  # type: ignore[arg-type]
+        run.evaluated(self._shrinking([run], held_out_loss))
         self._tell(lambda listener: listener.evaluated(run, when))
         if run.record.stopped_early:
             self._tell(lambda listener: listener.stopped(run))

@@ -7,15 +7,17 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from lorax_serve.errors import TrainingError
-from lorax_train.batches import plan_epoch
+from lorax_train.batches import by_length, plan_epoch
 from lorax_train.config import LoopConfig, OptimizerConfig
 from lorax_train.encode import Example
 from lorax_train.inject import TrainableLoRA
+from lorax_train.windows import RandomWindows
 
 __all__ = ["Evaluation", "TrainingRecord", "TrainingRun", "lr_factor"]
 
@@ -91,10 +93,12 @@ class TrainingRun:
     ) -> None:
         self.adapter = adapter
         self.examples = examples
-        self.held_out = sorted(held_out, key=lambda example: len(example.tokens))
+        self.held_out = by_length(held_out)
         self.config = optimizer
         self.loop = loop
         self.name = name
+        self.rows = loop.batch_size
+        """Most rows in a forward pass: as was asked for, or fewer after running out of memory."""
         self.record = TrainingRecord()
         self.parameters = adapter.parameters()
         kind = torch.optim.AdamW if optimizer.name == "adamw" else torch.optim.Adam
@@ -103,7 +107,8 @@ class TrainingRun:
             self._groups(), lr=optimizer.lr, weight_decay=optimizer.weight_decay, fused=True
         )
         self.best: list[torch.Tensor] | None = None
-        """The parameters at the lowest held-out loss, if that is what will be saved."""
+        """The parameters at the lowest held-out loss of training so far, if that is what will be
+        saved: in ``parameters``' order."""
         self.gradient_norm = 0.0
         self._steps = self._plan()
 
@@ -130,6 +135,15 @@ class TrainingRun:
     def next_step(self) -> list[list[Example]]:
         """The batches of the next optimizer step."""
         return next(self._steps)
+
+    def cut(self, batches: Sequence[Sequence[Example]]) -> list[Sequence[Example]]:
+        """The same rows in batches of no more than ``rows``, as even as can be."""
+        parts = []
+        for batch in batches:
+            n = math.ceil(len(batch) / self.rows)
+            bounds = [len(batch) * i // n for i in range(n + 1)]
+            parts += [batch[start:stop] for start, stop in pairwise(bounds)]
+        return parts
 
     def skip_to(self, step: int) -> None:
         """Go on after this many steps."""
@@ -173,18 +187,42 @@ class TrainingRun:
         record.seconds += seconds
 
     def evaluated(self, loss: float) -> None:
-        """Take a held-out loss: it may be the best so far, or the last that is waited for."""
+        """Take a held-out loss: it may be the best so far, or the last that is waited for.
+
+        The loss before training counts for patience, but is not the best that is kept: an adapter
+        that does nothing is of no use.
+
+        Args:
+            loss: of the parameters as they are, in nats a target.
+
+        Raises:
+            TrainingError: it is not a finite number.
+        """
         record = self.record
+        if not math.isfinite(loss):
+            of = f" of {self.name}" if self.name else ""
+            raise TrainingError(
+                f"step {record.steps}: the held-out loss{of} is not a finite number; try a lower "
+                f"--lr (now {self.config.lr:g}), or --dtype float32"
+            )
+        trained = [each.loss for each in record.evaluations if each.step]
         record.evaluations.append(Evaluation(record.steps, loss))
-        lowest = min(each.loss for each in record.evaluations)
-        if self.loop.keep_best and loss == lowest:
+        if self.loop.keep_best and record.steps and loss < min(trained, default=math.inf):
             self.best = [parameter.detach().clone() for parameter in self.parameters]
         patience = self.loop.patience
         if patience is not None:
-            latest = record.evaluations[-patience:]
-            earlier = record.evaluations[:-patience]
-            if earlier and min(e.loss for e in latest) >= min(e.loss for e in earlier):
-                record.stopped_early = not self.done
+            losses = record.eval_losses
+            latest, earlier = losses[-patience:], losses[:-patience]
+            if earlier and min(latest) >= min(earlier):
+                record.stopped_early = record.steps < self.total_steps
+
+    @property
+    def kept(self) -> Evaluation | None:
+        """The evaluation of what is saved; None if nothing was evaluated."""
+        evaluations = self.record.evaluations
+        if self.best is None:
+            return evaluations[-1] if evaluations else None
+        return min((each for each in evaluations if each.step), key=lambda each: each.loss)
 
     def take_best(self) -> None:
         """Put back the parameters of the lowest held-out loss, if they were kept."""
@@ -195,14 +233,14 @@ class TrainingRun:
 
     def _groups(self) -> list[dict[str, object]]:
         """A and the rest apart: B may have a higher learning rate (LoRA+, arXiv:2402.12354)."""
-        pairs = self.adapter.pairs().values()
-        a = [pair.a for pair in pairs]
-        chosen = set(map(id, a))
-        rest = [p for p in self.parameters if id(p) not in chosen]
+        a = {id(pair.a) for pair in self.adapter.pairs().values()}
         lr = self.config.lr
         return [
-            {"params": a, "highest": lr},
-            {"params": rest, "highest": lr * self.config.loraplus_ratio},
+            {"params": [p for p in self.parameters if id(p) in a], "highest": lr},
+            {
+                "params": [p for p in self.parameters if id(p) not in a],
+                "highest": lr * self.config.loraplus_ratio,
+            },
         ]
 
     def _plan(self) -> Iterator[list[list[Example]]]:
@@ -211,7 +249,10 @@ class TrainingRun:
         epoch, skipped = divmod(self.record.steps, self.steps_per_epoch)
         while True:
             rng = random.Random(f"order {self.loop.seed} {epoch}")
-            plan = plan_epoch(self.examples, self.loop.batch_size, self.loop.grad_accumulation, rng)
+            examples = self.examples
+            if isinstance(examples, RandomWindows):
+                examples = examples.of_epoch(epoch)
+            plan = plan_epoch(examples, self.loop.batch_size, self.loop.grad_accumulation, rng)
             for number, step in enumerate(plan):
                 if number >= skipped:
                     yield step

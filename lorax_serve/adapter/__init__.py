@@ -5,7 +5,15 @@ Shared by the server and the trainer; it knows neither of them, nor any model co
 
 from lorax_serve.adapter.compose import compose
 from lorax_serve.adapter.config import LoRAConfig
-from lorax_serve.adapter.files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, read, save
+from lorax_serve.adapter.files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterFiles,
+    read,
+    save,
+    undo_broken_save,
+)
 from lorax_serve.adapter.match import Match, match_tensors, match_weights
 from lorax_serve.adapter.modules import ModuleKind, ModuleShape
 from lorax_serve.adapter.report import inspect, refusal, report_of
@@ -14,6 +22,7 @@ from lorax_serve.adapter.tensors import Role, tensor_name
 from lorax_serve.adapter.weights import LoRAPair, LoRAWeights, TokenRows
 
 __all__ = [
+    "CARD_FILE",
     "CONFIG_FILE",
     "WEIGHTS_FILE",
     "AdapterFiles",
@@ -35,4 +44,5 @@ __all__ = [
     "save",
     "select_targets",
     "tensor_name",
+    "undo_broken_save",
 ]

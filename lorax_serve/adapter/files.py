@@ -16,9 +16,19 @@ import torch
 from lorax_serve.adapter.config import LoRAConfig
 from lorax_serve.errors import AdapterRejected, RejectReason
 from lorax_serve.store.digest import CONFIG_FILE, WEIGHTS_FILE, digest_of_bytes
+from lorax_serve.store.disk import fsync
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterFiles", "read", "save"]
+__all__ = [
+    "CARD_FILE",
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "AdapterFiles",
+    "read",
+    "save",
+    "undo_broken_save",
+]
 
+CARD_FILE = "README.md"
 MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -75,21 +85,48 @@ def save(
     config: LoRAConfig,
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
+    card: str | None = None,
 ) -> None:
-    """Write an adapter that PEFT and this server read back; each file appears whole or not at all.
+    """Write an adapter that PEFT and this server read back, all of it or, after an error, nothing.
+
+    Everything is on disk under other names before anything is replaced. A process that is killed
+    leaves the old adapter or the new one; if their configs differ, there is an instant at which it
+    leaves neither (see ``undo_broken_save``), but never a config with the other's weights.
 
     Args:
-        directory: created if absent; the two files in it are replaced.
+        directory: created if absent; the files in it are replaced.
         config: written as ``adapter_config.json``.
         tensors: by PEFT's tensor names (``weights.tensor_name``), written as they are.
         metadata: extra strings for the safetensors header (provenance, and the probe).
+        card: the text of ``README.md``; None leaves that file alone.
+
+    Raises:
+        OSError: the disk is full or fails; what was there before is there still.
     """
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
+    _settle(root)
     header = {"format": "pt", **(metadata or {})}
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(root / WEIGHTS_FILE, _sorted_header(safetensors.torch.save(data, header)))
-    _replace(root / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode() + b"\n")
+    files = {
+        CONFIG_FILE: json.dumps(config.to_dict(), indent=2).encode() + b"\n",
+        WEIGHTS_FILE: _sorted_header(safetensors.torch.save(data, header)),
+    }
+    if card is not None:
+        files[CARD_FILE] = card.encode()
+    _replace_all(root, files)
+
+
+def undo_broken_save(directory: str | os.PathLike[str]) -> None:
+    """Put back what a ``save`` had set aside when it was killed, and delete what it had staged.
+
+    Nobody may be saving there at the same time.
+    """
+    root = Path(directory)
+    _settle(root)
+    for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
+        for path in root.glob(f".{name}.*.tmp"):
+            path.unlink()
 
 
 def _metadata(raw: bytes) -> dict[str, str]:
@@ -138,13 +175,57 @@ def _read_bytes(path: Path, limit: int | None = None) -> bytes:
         ) from error
 
 
-def _replace(path: Path, data: bytes) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _replace_all(root: Path, files: Mapping[str, bytes]) -> None:
+    """Replace all files or, after an error, none.
+
+    Only the first step takes space. Weights under a config that stays need no more than a rename.
+    Otherwise both leave before the new ones come, since no rename replaces two files at once. The
+    config comes first: a directory with a config alone is known for one that is to have an adapter.
+    """
+    staged = {name: root / f".{name}.{os.getpid()}.tmp" for name in files}
     try:
-        with staged.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
+        for name, data in files.items():
+            _write_durably(staged[name], data)
+        if not _holds(root / CONFIG_FILE, files[CONFIG_FILE]):
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                if (root / name).exists():
+                    (root / name).replace(_aside(root / name))
+        for name, path in staged.items():
+            path.replace(root / name)
+        fsync(root)
+    except BaseException:
+        _put_back(root)
+        raise
     finally:
-        staged.unlink(missing_ok=True)
+        for path in staged.values():
+            path.unlink(missing_ok=True)
+    _settle(root)
+
+
+def _settle(root: Path) -> None:
+    """Have nothing set aside: an adapter that is there is what counts."""
+    if not all((root / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        _put_back(root)
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        _aside(root / name).unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _put_back(root: Path) -> None:
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        if _aside(root / name).exists():
+            _aside(root / name).replace(root / name)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -36,9 +36,22 @@ def test_alpha_follows_the_rank_unless_given() -> None:
     assert parse([*NEEDED, "--r", "4", "--alpha", "2.5"]).lora.lora_alpha == 2.5
 
 
+def test_each_flag_of_the_new_kinds_reaches_its_field() -> None:
+    argv = ["--layers", "0,3-5, 4", "--dora", "--init", "pissa", "--loraplus-ratio", "16"]
+    argv += ["--eval-split", "0.1", "--eval-every", "7", "--patience", "2", "--no-keep-best"]
+    config = parse([*NEEDED, *argv, "--checkpointing"])
+    assert (config.lora.layers, config.lora.dora, config.lora.init) == ((0, 3, 4, 5), True, "pissa")
+    assert config.optimizer.loraplus_ratio == 16
+    assert (config.loop.eval_every, config.loop.patience) == (7, 2)
+    assert (config.loop.keep_best, config.loop.checkpointing) == (False, True)
+    assert parse([*NEEDED, "--keep-best"]).loop.keep_best
+
+
 def test_the_preset_is_the_ancestors_recipe_and_flags_win_over_it() -> None:
     config = parse([*NEEDED, "--preset", "elixir"])
-    assert (config.lora.r, config.lora.lora_alpha) == (1, 2)
+    assert (config.lora.r, config.lora.lora_alpha, config.lora.dropout) == (2, 4, 0.05)
+    assert (config.data.text_mode, config.data.window) == ("windows", 256)
+    assert (config.loop.batch_size, config.loop.max_steps, config.loop.seed) == (2, 300, 1337)
     assert (config.lora.targets, config.lora.init) == ("qkv", "gaussian")
     assert (config.optimizer.name, config.optimizer.lr) == ("adam", 3e-4)
     assert (config.optimizer.weight_decay, config.optimizer.schedule) == (0.0, "constant")
@@ -72,6 +85,12 @@ def test_the_preset_is_the_ancestors_recipe_and_flags_win_over_it() -> None:
         (["--epochs", "2", "--max-steps", "5"], "not allowed with argument"),
         (["--init", "zeros"], "invalid choice: 'zeros'"),
         (["--preset", "erlang"], "invalid choice: 'erlang'"),
+        (["--layers", "0,x"], "--layers '0,x': expected numbers and ranges"),
+        (["--layers", "5-3"], "--layers '5-3': expected numbers and ranges"),
+        (["--loraplus-ratio", "0"], "--loraplus-ratio must be a number above 0"),
+        (["--eval-every", "0", "--eval-split", "0.1"], "--eval-every must be at least 1"),
+        (["--eval-every", "5"], "--eval-every needs rows to evaluate on; give --eval-split or"),
+        (["--patience", "2"], "--patience needs rows to evaluate on; give --eval-split or"),
         (["--nope"], "unrecognized arguments: --nope"),
         (["--model", "/nowhere"], "rows.jsonl cannot be read"),
     ],
@@ -134,7 +153,7 @@ def test_one_command_trains_and_says_how_to_serve(
     out = tmp_path / "adapters" / "squares"
     data = str(write_rows(pairs))
     argv = ["--model", str(llama), "--data", data, "--out", str(out), "--eval-split", "0.2"]
-    argv += ["--preset", "elixir", "--r", "2", "--epochs", "2", "--device", "cpu"]
+    argv += ["--preset", "elixir", "--epochs", "2", "--batch-size", "8", "--device", "cpu"]
     assert main(argv) == 0
     err = capsys.readouterr().err
     for line in (

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from lorax_train.base import choose_dtype, load_model
-from lorax_train.batches import collate, plan_epoch, split
-from lorax_train.config import InjectionConfig, OptimizerConfig
+from lorax_train.batches import Share, collate, plan_epoch, split
+from lorax_train.config import InjectionConfig, LoopConfig, OptimizerConfig
 from lorax_train.console import Console, size
 from lorax_train.encode import Example
 from lorax_train.estimate import MemoryEstimate, available_memory, estimate
-from lorax_train.inject import inject
+from lorax_train.inject import TrainableLoRA, inject
+from lorax_train.lora import Span
 from lorax_train.loss import TargetLoss
 from lorax_train.report import show_memory
-from lorax_train.training_run import lr_factor
+from lorax_train.training_run import TrainingRun, lr_factor
 
 CPU = torch.device("cpu")
 
@@ -50,10 +51,22 @@ def test_the_same_rows_share_a_step_however_it_is_cut() -> None:
 
 
 def test_padding_is_neither_attended_to_nor_a_target() -> None:
-    batch = collate(rows_of([2, 4]), pad_id=1)
-    assert batch.attention.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    assert batch.trained.tolist() == [[False, True, False, False], [False, True, True, True]]
-    assert (batch.n_tokens, batch.n_targets) == (6, 4)
+    batch = collate(rows_of([2, 4]), pad_id=1, padded=True)
+    assert batch.mask is not None
+    assert batch.mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch.before.tolist() == [0, 4, 5, 6]
+    assert (batch.n_tokens, batch.n_targets, batch.bounds) == (6, 4, None)
+
+
+def test_rows_lie_one_after_another_each_adapters_together() -> None:
+    rows = rows_of([2, 4, 3])
+    batch = collate([Share(2, rows[:2], 0.5), Share(0, rows[2:], 0.25)], pad_id=1)
+    assert (batch.mask, batch.bounds, batch.tokens.shape) == (None, (0, 2, 6, 9), (1, 9))
+    assert batch.positions.tolist() == [[0, 1, 0, 1, 2, 3, 0, 1, 2]]
+    assert batch.before.tolist() == [0, 2, 3, 4, 6, 7]
+    assert batch.spans == (Span(2, 0, 6), Span(0, 6, 9))
+    assert batch.target_spans == (Span(2, 0, 4), Span(0, 4, 6))
+    assert batch.weights.tolist() == [0.5] * 4 + [0.25] * 2
 
 
 def test_a_split_is_decided_by_the_seed() -> None:
@@ -86,25 +99,33 @@ def test_the_estimate_counts_weights_adapter_and_optimizer(llama: Path) -> None:
     model = load_model("tiny", llama, torch.float32, CPU)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     adapter = inject(model, InjectionConfig(r=4), "tiny", seed=0)
-    examples = rows_of([10] * 8)
+
+    def run_of(adapter: TrainableLoRA, batch_size: int) -> TrainingRun:
+        loop = LoopConfig(batch_size=batch_size)
+        return TrainingRun(adapter, rows_of([10] * 8), [], OptimizerConfig(), loop)
+
     loss = TargetLoss(model, head_on_targets=True)
-    need = estimate(model, adapter, loss, examples, batch_size=4)
+    need = estimate(model, [run_of(adapter, 4)], loss)
     assert need.weights == weights
     assert need.adapter == adapter.n_parameters * 12
     assert need.optimizer == adapter.n_parameters * 8
-    assert need.logits == 4 * 9 * 264 * 20
+    assert need.logits == 4 * 9 * 264 * 8
     assert need.activations > 4 * 10 * 2 * 32 * 4  # at least the residual stream of each layer
-    double = estimate(model, adapter, loss, examples, batch_size=8)
+    double = estimate(model, [run_of(adapter, 8)], loss)
     assert double.activations == pytest.approx(2 * need.activations, rel=0.01)
-    whole = estimate(model, adapter, TargetLoss(model, head_on_targets=False), examples, 4)
-    assert whole.logits > need.logits
+    whole = estimate(model, [run_of(adapter, 4)], TargetLoss(model))
+    assert whole.logits == 4 * 10 * 264 * 20
+    both = estimate(model, [run_of(adapter, 4), run_of(adapter, 8)], loss)
+    assert both.optimizer == 2 * need.optimizer
+    assert both.activations == pytest.approx(3 * need.activations, rel=0.01)
 
 
 def test_too_little_memory_is_warned_of_with_what_to_change() -> None:
     need = MemoryEstimate(weights=100, adapter=1, optimizer=2, activations=3, logits=4)
     stream = io.StringIO()
     show_memory(Console(stream), need, 9)
-    assert "likely to need 1 B more memory than there is; lower --batch-size" in stream.getvalue()
+    said = stream.getvalue()
+    assert "need 1 B more memory than there is, and the system may kill it" in said
     stream = io.StringIO()
     show_memory(Console(stream), need, 10)
     show_memory(Console(stream), need, None)
@@ -112,29 +133,42 @@ def test_too_little_memory_is_warned_of_with_what_to_change() -> None:
     assert available_memory(CPU) != 0
 
 
-def test_progress_is_a_line_every_few_steps_without_a_terminal() -> None:
+def a_run(model: Path, loop: LoopConfig) -> TrainingRun:
+    adapter = inject(load_model("tiny", model, torch.float32, CPU), InjectionConfig(), "tiny", 0)
+    return TrainingRun(adapter, rows_of([3]), [], OptimizerConfig(lr=1e-4), loop)
+
+
+def pretend_a_step(run: TrainingRun, step: int) -> None:
+    record = run.record
+    record.steps, record.tokens, record.seconds = step, 321 * step, float(step)
+    record.recent.append((3.0, 2))
+
+
+def test_progress_is_a_line_every_few_steps_without_a_terminal(llama: Path) -> None:
     stream = io.StringIO()
-    console = Console(stream)
-    console.start(12, 5)
+    console, run = Console(stream), a_run(llama, LoopConfig(max_steps=12, log_every=5))
+    console.started([run])
     for step in range(1, 13):
-        console.step(step, 1.5, 1e-4, 321.0)
-    console.stop()
+        pretend_a_step(run, step)
+        console.stepped([run])
+    console.ended([run])
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["1/12", "5/12", "10/12", "12/12"]
     assert lines[1] == "step 5/12  loss 1.500  lr 1.0e-04  321 tok/s"
 
 
-def test_progress_is_a_bar_in_a_terminal() -> None:
+def test_progress_is_a_bar_in_a_terminal(llama: Path) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
     stream = Terminal()
-    console = Console(stream)
-    console.start(2, 5)
-    console.step(1, 1.5, 1e-4, 321.0)
+    console, run = Console(stream), a_run(llama, LoopConfig(max_steps=2))
+    console.started([run])
+    pretend_a_step(run, 1)
+    console.stepped([run])
     console.line("held-out loss 2")
-    console.stop()
+    console.ended([run])
     assert "loss 1.500, lr 1.0e-04, 321 tok/s" in stream.getvalue()
     assert "held-out loss 2\n" in stream.getvalue()
     assert console.quiet("x") == "\x1b[2mx\x1b[22m"

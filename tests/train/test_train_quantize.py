@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lorax_serve.adapter.probe import Probe
 from lorax_serve.errors import TrainingError
 from lorax_train.base import load_model
 from lorax_train.cli import main
-from lorax_train.config import DataConfig, InjectionConfig, Quantize, TrainConfig
+from lorax_train.config import DataConfig, InjectionConfig, OutputConfig, Quantize, TrainConfig
 from lorax_train.console import Console
 from lorax_train.encode import Example
 from lorax_train.inject import TrainableLoRA, inject, module_shapes
@@ -33,6 +33,7 @@ from lorax_train.loss import TargetLoss
 from lorax_train.quantize import Int8Weight, NF4Weight, QuantizedLinear, count_parameters
 from lorax_train.quantized_base import load_quantized, original_weights, restorable
 from lorax_train.run import TrainResult, train
+from lorax_train.training_run import TrainingRun
 from tests.train.test_train_probe import Server
 
 Rows = list[dict[str, Any]]
@@ -326,6 +327,47 @@ def test_the_estimate_counts_the_bytes_that_the_base_takes(
     rows = sum(layer.out_features for layer in quantized)
     held = sum(b.nbytes for layer in quantized for b in layer.buffers())
     assert held == in_layers + 4 * rows
+
+
+@EACH_FORMAT
+def test_a_run_that_goes_on_has_the_same_bits(
+    llama: Path,
+    quantize: Quantize,
+    configure: Configure,
+    write_rows: WriteRows,
+    pairs: Rows,
+    tmp_path: Path,
+) -> None:
+    class StopAfterTwo(Console):
+        def stepped(self, runs: Sequence[TrainingRun]) -> None:
+            if runs[0].record.steps == 2:
+                raise KeyboardInterrupt
+
+    def config(root: str) -> TrainConfig:
+        output = OutputConfig(tmp_path / root / "same", resume=True)
+        return configure(llama, write_rows(pairs), steps=4, quantize=quantize, output=output)
+
+    run(config("whole"))
+    assert train(config("cut"), StopAfterTwo(io.StringIO())).record.interrupted
+    _, said = run(config("cut"))
+    assert "after step 2" in said
+    whole, cut = (
+        (tmp_path / root / "same" / "adapter_model.safetensors").read_bytes()
+        for root in ("whole", "cut")
+    )
+    assert whole == cut
+
+
+def test_injecting_asks_no_layer_for_its_dense_weight(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(llama, "int8")
+
+    def dense(_: QuantizedLinear) -> torch.Tensor:
+        raise AssertionError("dequantised")
+
+    monkeypatch.setattr(QuantizedLinear, "dense", dense)
+    inject(model, InjectionConfig(r=2), "tiny", seed=0)
 
 
 def argv(model: Path, data: Path, out: Path, *more: str) -> list[str]:

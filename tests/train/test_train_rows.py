@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from lorax_serve.errors import TrainingError
-from lorax_train.rows import Message, Messages, PromptCompletion, Text, read_rows
+from lorax_train.content import Message, Messages, PromptCompletion, Text
+from lorax_train.rows import read_rows
 
 PAIR = b'{"prompt": "a", "completion": "b"}\n'
 
@@ -70,4 +71,4 @@ def test_a_bad_file_is_refused_by_line(tmp_path: Path, raw: bytes, message: str)
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="cannot be read: No such file"):
-        read_rows(tmp_path / "none.jsonl")
+        list(read_rows(tmp_path / "none.jsonl"))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lorax_train.config import (
 )
 from lorax_train.console import Console
 from lorax_train.run import train
+from lorax_train.training_run import TrainingRun
 
 Rows = list[dict[str, Any]]
 Configure = Callable[..., TrainConfig]
@@ -135,18 +136,19 @@ def test_the_files_say_where_they_come_from(
     assert header["base_model"] == str(llama)
     assert (header["seed"], header["steps"], len(header["data_sha256"])) == ("0", "3", 64)
     assert float(header["train_loss"]) == pytest.approx(result.record.train_loss, abs=1e-6)
-    assert float(header["eval_loss"]) == pytest.approx(result.record.eval_losses[-1], abs=1e-6)
+    best = min(result.record.evaluations, key=lambda each: each.loss)
+    assert float(header["eval_loss"]) == pytest.approx(best.loss, abs=1e-6)
     card = (config.output.directory / "README.md").read_text()
     assert card.startswith(f"---\nbase_model: {json.dumps(str(llama))}\nlibrary_name: peft\n")
-    assert f"| held-out loss after | {result.record.eval_losses[-1]:.4f} |" in card
+    assert f"| held-out loss after | {best.loss:.4f} (step {best.step}) |" in card
 
 
 def test_ctrl_c_saves_what_was_learned(
     llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
 ) -> None:
     class Impatient(Console):
-        def step(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
-            if step == 2:
+        def stepped(self, runs: Sequence[TrainingRun]) -> None:
+            if runs[0].record.steps == 2:
                 raise KeyboardInterrupt
 
     stream = io.StringIO()
@@ -163,7 +165,7 @@ def test_ctrl_c_before_the_first_step_saves_nothing(
     llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
 ) -> None:
     class MoreImpatient(Console):
-        def start(self, total_steps: int, log_every: int) -> None:
+        def started(self, runs: Sequence[TrainingRun]) -> None:
             raise KeyboardInterrupt
 
     config = configure(llama, write_rows(pairs))
@@ -192,7 +194,7 @@ def test_running_out_of_memory_says_what_to_change(
     error: Exception, llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
 ) -> None:
     class Full(Console):
-        def start(self, total_steps: int, log_every: int) -> None:
+        def started(self, runs: Sequence[TrainingRun]) -> None:
             raise error
 
     with pytest.raises(TrainingError, match="out of memory; lower --batch-size"):

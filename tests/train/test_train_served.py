@@ -16,7 +16,7 @@ from lorax_serve.adapter import match_weights, read
 from lorax_train.base import load_model
 from lorax_train.cli import main
 from lorax_train.inject import module_shapes
-from lorax_train.run import TrainResult, train
+from lorax_train.run import TrainResult, train_all
 
 Rows = list[dict[str, Any]]
 WriteRows = Callable[..., Path]
@@ -31,11 +31,12 @@ def results(monkeypatch: pytest.MonkeyPatch) -> list[TrainResult]:
     """What the runs that ``main`` starts return, which it keeps to itself."""
     kept: list[TrainResult] = []
 
-    def spy(*args: Any) -> TrainResult:
-        kept.append(train(*args))
-        return kept[-1]
+    def spy(*args: Any, **options: Any) -> list[TrainResult]:
+        results = train_all(*args, **options)
+        kept.extend(results)
+        return results
 
-    monkeypatch.setattr("lorax_train.run.train", spy)
+    monkeypatch.setattr("lorax_train.run.train_all", spy)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
     return kept
 
@@ -70,9 +71,9 @@ def test_the_server_and_peft_read_what_the_command_wrote(
     assert len(weights.pairs) == 2 * len(wanted)
     assert len(files.tensors) == 2 * len(weights.pairs)
     for path, pair in weights.pairs.items():
-        layer = results[0].adapter.layers[path]
-        assert torch.equal(files.tensors[f"base_model.model.{path}.lora_A.weight"], layer.lora_a)
-        assert torch.equal(files.tensors[f"base_model.model.{path}.lora_B.weight"], layer.lora_b)
+        trained = results[0].adapter.pairs()[path]
+        assert torch.equal(files.tensors[f"base_model.model.{path}.lora_A.weight"], trained.a)
+        assert torch.equal(files.tensors[f"base_model.model.{path}.lora_B.weight"], trained.b)
         assert pair.b.abs().max() > 0
 
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -93,7 +94,7 @@ def test_the_presets_values_reach_the_files(
     elixir = ["--preset", "elixir", "--max-steps", "2"]
     assert main(argv_for(tiny_model, data, tmp_path / "a", *elixir)) == 0
     raw = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert (raw["r"], raw["lora_alpha"], raw["init_lora_weights"]) == (1, 2, "gaussian")
+    assert (raw["r"], raw["lora_alpha"], raw["init_lora_weights"]) == (2, 4, "gaussian")
     assert set(raw["target_modules"]) == {"q_proj", "k_proj", "v_proj"}
     flags = ["--r", "3", "--targets", "o_proj", "--init", "kaiming"]
     assert main(argv_for(tiny_model, data, tmp_path / "b", *elixir, *flags)) == 0

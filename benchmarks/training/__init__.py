@@ -1,0 +1,1 @@
+"""lorax-train beside PEFT with transformers' Trainer: ``python -m benchmarks.training``."""

@@ -1,0 +1,97 @@
+"""``lorax-train generate``: try an adapter without a server."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from lorax_train.base import choose_device, load_tokenizer
+from lorax_train.commands.parsing import CommandParser
+from lorax_train.generation import Sampling, generate
+from lorax_train.merge import check_mergeable, merged_model
+from lorax_train.stored import open_adapter
+
+__all__ = ["main"]
+
+_FLAGS: dict[str, tuple[type, str]] = {
+    "max_new_tokens": (int, "most tokens to generate (default: 256)"),
+    "temperature": (float, "0 is greedy (default: 1 with --top-k or --top-p, else 0)"),
+    "top_k": (int, "keep the k most probable tokens"),
+    "top_p": (float, "keep the most probable tokens up to this mass"),
+    "seed": (int, "repeat a draw"),
+    "repetition_penalty": (float, "above 1 discourages repetition"),
+    "stop": (str, "text that ends the generation; may be given several times"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what the adapter makes of a prompt, as it comes.
+
+    The adapter is merged into the base in memory, in float32, so that all variants answer as they
+    would be served.
+
+    Raises:
+        TrainingError: an argument is wrong, or the adapter acts on a part of the prompt only.
+        AdapterRejected: the server's reader refuses the adapter.
+        ModelUnsupported: the base cannot be found.
+    """
+    options = _parser().parse_args(argv)
+    given = {name: getattr(options, name) for name in _FLAGS if hasattr(options, name)}
+    sampling = Sampling(**given | {"stop": tuple(given.get("stop", ()))})
+    stored = open_adapter(options.adapter, options.model)
+    check_mergeable(stored, to_disk=False)
+    tokenizer = load_tokenizer(stored.model, stored.source, chat=options.chat)
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if options.chat:
+        prompt = tokenizer.render([("user", text)], answer=True)
+    else:
+        prompt = tokenizer.encode(text, special=True)
+    device = choose_device(options.device)
+    model: torch.nn.Module = merged_model(stored, getattr(torch, options.dtype))
+    model.to(device)
+    done = generate(model, tokenizer, prompt, sampling, _show)  # type: ignore[arg-type]
+    print()
+    if options.verbose:
+        print(
+            f"[{options.adapter}@{stored.files.digest[:12]}; {len(prompt)} + {len(done.tokens)} "
+            f"tokens; {done.reason}]",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("generate", "Try an adapter without a server.")
+    parser.add_adapter()
+    parser.add_argument("prompt", help="the prompt; - reads it from standard input")
+    parser.add_argument(
+        "--chat", action="store_true", help="take it as a user's message, in the chat template"
+    )
+    for name in dataclasses.fields(Sampling):
+        kind, text = _FLAGS[name.name]
+        parser.add_argument(
+            f"--{name.name.replace('_', '-')}",
+            type=kind,
+            help=text,
+            action="append" if name.name == "stop" else "store",
+            default=argparse.SUPPRESS,
+        )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="float32",
+        help="of the merged weights; bfloat16 takes half the memory, and rounds (default: float32)",
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="say what answered, and how it ended"
+    )
+    return parser

@@ -1,0 +1,52 @@
+"""The peak memory of a training beyond the loaded model, and its estimate: bytes, on stdout.
+
+Run as ``python -m tests.train.peak ROWS LENGTH LAYERS HIDDEN DROPOUT``.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorax_train.config import InjectionConfig, LoopConfig, OptimizerConfig
+from lorax_train.encode import Example
+from lorax_train.estimate import estimate
+from lorax_train.inject import inject
+from lorax_train.loss import TargetLoss
+from lorax_train.trainer import Trainer
+from lorax_train.training_run import TrainingRun
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows, length, layers, hidden = map(int, sys.argv[1:5])
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    build: Any = LlamaForCausalLM
+    model = build(config).requires_grad_(False).eval()
+    row = Example(tuple(range(length)), (False,) + (True,) * (length - 1), "row")
+    loss = TargetLoss.prepare(model, row)
+    adapter = inject(model, InjectionConfig(r=16, dropout=float(sys.argv[5])), "peak", 0)
+    loss.routing = adapter.routing
+    loop = LoopConfig(max_steps=2, batch_size=rows)
+    run = TrainingRun(adapter, [row] * rows, [], OptimizerConfig(), loop)
+    need = estimate(model, [run], loss)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    Trainer(loss, [run], 0).train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(need.to_come, peak - pages * resource.getpagesize())
+
+
+if __name__ == "__main__":
+    main()
