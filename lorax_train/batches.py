@@ -27,6 +27,7 @@ __all__ = [
     "collate",
     "count_targets",
     "lengths",
+    "longest_row",
     "plan_epoch",
     "split",
     "take",
@@ -202,7 +203,15 @@ def count_targets(examples: Sequence[Example]) -> int:
     """Tokens that are learned, in all examples, without loading those that are stored."""
     if isinstance(examples, StoredExamples):
         return examples.n_targets
-    return sum(example.n_targets for example in examples)
+    return sum(sum(example.trained) for example in examples)
+
+
+def longest_row(examples: Sequence[Example]) -> Example:
+    """What has the most tokens of all that goes through the model at once."""
+    if isinstance(examples, StoredExamples):
+        examples = [examples[int(examples.row_lengths.argmax())]]
+    rows = (row for example in examples for row in example.rows)
+    return max(rows, key=lambda row: len(row.tokens))
 
 
 def take(examples: Sequence[Example], indices: Sequence[int]) -> Sequence[Example]:

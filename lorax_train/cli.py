@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ _PARTS: dict[str, type[Any]] = {
     "lora": c.InjectionConfig,
     "optimizer": c.OptimizerConfig,
     "loop": c.LoopConfig,
+    "objective": c.ObjectiveConfig,
     "": c.TrainConfig,
 }
 
@@ -135,7 +137,9 @@ def read_command(argv: Sequence[str] | None = None) -> Command:
         TrainingError: naming the flag, or the file and its key.
     """
     parser = _parser()
-    flags = vars(parser.parse_args(argv))
+    arguments = sys.argv[1:] if argv is None else argv
+    flags = vars(parser.parse_args(arguments))
+    flags["command"] = shlex.join(["lorax-train", *arguments])
     asked = {key: flags.pop(key, False) for key in ("dry_run", "print_config")}
     path = flags.pop("config", None)
     file = ConfigFile({}) if path is None else read_config(path, _in_files(parser))
@@ -220,10 +224,8 @@ def _flags_of(config: c.TrainConfig) -> dict[str, Any]:
         part, _, field = action.dest.rpartition(".")
         value = getattr(getattr(config, part) if part else config, field)
         instead = config.loop.max_steps is not None and action.dest == "loop.epochs"
-        if isinstance(value, tuple):
-            value = ",".join(map(str, value))
-        if value is not None and value != "" and not instead:
-            out[action.option_strings[-1].removeprefix("--").replace("-", "_")] = value
+        if value not in (None, "", ()) and not instead:
+            out[action.option_strings[0].removeprefix("--").replace("-", "_")] = value
     return out
 
 
@@ -233,8 +235,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a LoRA adapter on a frozen language model. Beside training: "
         f"lorax-train {{{','.join(COMMANDS)}}} --help.",
         epilog="A row has text, prompt and completion, or messages (a list of objects with role "
-        "and content) with or without tools. PATH is a .jsonl, .parquet or .txt file, or a "
-        "directory of them.",
+        "and content) with or without tools; for --objective dpo it has prompt, chosen and "
+        "rejected. PATH is a .jsonl, .parquet or .txt file, or a directory of them.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -273,6 +275,13 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         metavar="DIR",
     )
+    add(
+        "--report",
+        "output.report",
+        "loss.png and report.html beside the adapter",
+        action=argparse.BooleanOptionalAction,
+    )
+    add("--tensorboard", "output.tensorboard", "write its files here", type=Path, metavar="DIR")
 
     add = _adder(parser.add_argument_group("data"))
     add("--eval-data", "data.eval_file", "held-out rows", type=Path, metavar="PATH")
@@ -296,6 +305,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--rslora", "lora.rslora", "scale by alpha / sqrt(r)", switch=True)
     add("--dora", "lora.dora", "train the lengths of the weight's rows apart", switch=True)
     add("--init", "lora.init", "of A; pissa: of A and B, from the weight", of=c.Init)
+
+    add = _adder(parser.add_argument_group("objective"))
+    add("--objective", "objective.name", "sft: next tokens; dpo: preferences", of=c.ObjectiveName)
+    add("--beta", "objective.beta", "dpo: how close to stay to the base model", type=float)
+    add(
+        "--loss",
+        "objective.loss",
+        "of each token instead of the cross-entropy: module:function or file.py:function",
+        metavar="WHERE",
+    )
 
     training = parser.add_argument_group("training")
     add = _adder(training.add_mutually_exclusive_group())
@@ -332,14 +351,16 @@ def _adder(group: Any) -> Callable[..., None]:
     """``group.add_argument``, with the default from the config's field in the help."""
 
     def add(flag: str, field: str, text: str, *, of: object = None, **options: Any) -> None:
-        if options.pop("switch", False):
+        if "switch" in options:
+            del options["switch"]
             options["action"] = "store_true"
         elif of is not None:
             options["choices"] = get_args(of)
         elif "action" not in options:
             options.setdefault("metavar", field.rpartition(".")[2].upper())
         default = _default(field)
-        shown = "" if default in (None, False, ()) else f"(default: {default})"
+        plain = default is None or isinstance(default, bool) or default == ()
+        shown = "" if plain else f"(default: {default})"
         group.add_argument(flag, dest=field, help=f"{text} {shown}".strip(), **options)
 
     return add

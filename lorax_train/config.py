@@ -22,6 +22,7 @@ __all__ = [
     "DtypeName",
     "InjectionConfig",
     "LoopConfig",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "OutputConfig",
     "Quantize",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 Init = Literal["kaiming", "gaussian", "pissa"]
+ObjectiveName = Literal["sft", "dpo"]
 Optimizer = Literal["adamw", "adam"]
 Schedule = Literal["cosine", "linear", "constant"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -89,7 +91,8 @@ class DataConfig:
 
     train: Path
     """A .jsonl, .parquet or .txt file, or a directory of them. Rows have ``text``, ``prompt`` and
-    ``completion``, or ``messages``, with or without ``tools``."""
+    ``completion``, or ``messages``, with or without ``tools``; for DPO ``prompt``, ``chosen`` and
+    ``rejected``."""
     eval_file: Path | None = None
     """Held-out rows in a file or directory of their own."""
     eval_split: float | None = None
@@ -120,6 +123,29 @@ class DataConfig:
             return 0.0
         default = _WINDOWS_HELD_OUT if windows else 0.0
         return default if self.eval_split is None else self.eval_split
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectiveConfig:
+    """What is made small."""
+
+    name: ObjectiveName = "sft"
+    """``sft``: the loss of the tokens to learn; ``dpo``: direct preference optimization
+    (arXiv:2305.18290) on rows with ``prompt``, ``chosen`` and ``rejected``."""
+    beta: float = 0.1
+    """DPO's: the greater, the closer the adapter stays to the base model."""
+    loss: str | None = None
+    """``module:function`` or ``file.py:function`` of ``loss.LossFunction``'s form, instead of the
+    cross-entropy."""
+
+    def __post_init__(self) -> None:
+        _one_of("--objective", self.name, get_args(ObjectiveName))
+        _finite("--beta", self.beta, above=0.0)
+        if self.name == "dpo" and self.loss is not None:
+            raise TrainingError(
+                "--loss and --objective dpo exclude each other: DPO is made of log-probabilities; "
+                "give one of them"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +241,10 @@ class OutputConfig:
     or the newest in this directory."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
+    tensorboard: Path | None = None
+    """A directory for TensorBoard's files; None: none are written."""
+    report: bool = True
+    """Whether ``loss.png`` and ``report.html`` are put beside the adapter."""
 
     def __post_init__(self) -> None:
         _at_least("--keep-checkpoints", self.keep_checkpoints, 1)
@@ -238,8 +268,11 @@ class TrainConfig:
     lora: InjectionConfig = field(default_factory=InjectionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     name: str = ""
     """What messages call the adapter, where several are trained at once."""
+    command: str = field(default="", compare=False)
+    """The command line that this comes from, for the records; empty if from none."""
 
     def __post_init__(self) -> None:
         _one_of("--device", self.device, get_args(Device))
@@ -293,6 +326,12 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
                     f"{config.name}: {field_name} must be the same for all adapters that are "
                     "trained at once"
                 )
+        if _objective(config) != _objective(first):  # one pass computes all of them
+            raise TrainingError(
+                "adapters that are trained at once need one objective: "
+                f"{first.name} has {_objective(first)}, {config.name} has {_objective(config)}; "
+                "train them one after another"
+            )
         if config.name in names:
             raise TrainingError(f"two adapters are named {config.name!r}; rename one")
         names.add(config.name)
@@ -303,6 +342,11 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
                 f"{directories[directory]} too; choose another"
             )
         directories[directory] = config.name
+
+
+def _objective(config: TrainConfig) -> str:
+    loss = config.objective.loss
+    return f"--objective {config.objective.name}" + (f" --loss {loss}" if loss else "")
 
 
 def _at_least(flag: str, value: int, least: int) -> None:

@@ -127,13 +127,15 @@ def _values(
         if flag.dest in out:
             raise TrainingError(f"{where}: {key} is there twice")
         if value is not None:  # null: as if the key were not there
-            out[flag.dest] = _value(f"{where}: {key}", value, flag)
+            found = _value(f"{where}: {key}", value, flag)
+            turned = isinstance(flag, argparse.BooleanOptionalAction) and name.startswith("no-")
+            out[flag.dest] = not found if turned else found
     return out
 
 
 def _value(where: str, value: object, flag: argparse.Action) -> Any:
     """What the flag's text would have become."""
-    if isinstance(flag, argparse._StoreTrueAction):
+    if isinstance(flag, argparse._StoreTrueAction | argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise TrainingError(f"{where} must be true or false, not {value!r}")
         return value
@@ -148,13 +150,19 @@ def _value(where: str, value: object, flag: argparse.Action) -> Any:
         except ValueError:
             pass
         raise TrainingError(f"{where} must be a number, not {value!r}")
-    if isinstance(value, list) and all(isinstance(each, str) for each in value):
-        value = ",".join(value)
+    numbers = callable(flag.type) and not isinstance(flag.type, type)  # --layers
+    texts = [str(each) if numbers and type(each) is int else each for each in _list(value)]
+    if texts and all(isinstance(each, str) for each in texts):
+        value = ",".join(map(str, texts))
     if not isinstance(value, str):
         raise TrainingError(f"{where} must be text, not {value!r}; put it in quotes")
     if flag.choices is not None and value not in flag.choices:
         raise TrainingError(f"{where} must be one of {', '.join(flag.choices)}, not {value!r}")
     return flag.type(value) if callable(flag.type) else value
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
 
 
 def dump(adapters: Sequence[Mapping[str, Any]]) -> str:
@@ -182,4 +190,6 @@ def _text(values: object) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     return str(value) if isinstance(value, Path) else value

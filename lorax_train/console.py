@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
+from lorax_train.memory import memory_used
 from lorax_train.trainer import TrainingListener
 from lorax_train.training_run import TrainingRun
 
@@ -47,28 +48,33 @@ class Console(TrainingListener):
 
     def stepped(self, runs: Sequence[TrainingRun]) -> None:
         """Show how far these runs are; the loss is the mean of the latest steps, in nats."""
-        speed = sum(run.record.tokens_per_second for run in runs)
+        speed = f"{sum(run.record.tokens_per_second for run in runs):.0f} tok/s"
+        used = memory_used(runs[0].parameters[0].device)
+        memory = [] if used is None else [size(used)]
         if self._bar is not None:
-            losses = " ".join(f"{run.record.train_loss:.3f}" for run in runs[:_SHOWN_RUNS])
-            lr = runs[0].optimizer.param_groups[0]["lr"]
-            self._bar.set_postfix_str(
-                f"loss {losses}, lr {lr:.1e}, {speed:.0f} tok/s", refresh=False
-            )
+            rates = [_rate(run) for run in runs] if len(runs) == 1 else []
+            text = ", ".join([_losses(runs), *rates, speed, *memory])
+            self._bar.set_postfix_str(text, refresh=False)
             self._bar.update()
             return
         for run in runs:
             step = run.record.steps
             if step % run.loop.log_every == 0 or step in (1, run.total_steps):
-                lr = run.optimizer.param_groups[0]["lr"]
-                self.line(
-                    f"{_named(run)}step {step}/{run.total_steps}  loss "
-                    f"{run.record.train_loss:.3f}  lr {lr:.1e}  {speed:.0f} tok/s"
-                )
+                parts = [
+                    f"{_named(run)}step {step}/{run.total_steps}",
+                    f"loss {run.record.train_loss:.3f}",
+                    *_figures(run.figures),
+                    _rate(run),
+                    speed,
+                    *memory,
+                ]
+                self.line("  ".join(parts))
 
     def evaluated(self, run: TrainingRun, when: str) -> None:
         """Show a held-out loss."""
         loss = run.record.evaluations[-1].loss
-        self.line(f"{_named(run)}held-out loss {loss:.4f} ({when})")
+        figures = "".join(f", {figure}" for figure in _figures(run.eval_figures))
+        self.line(f"{_named(run)}held-out loss {loss:.4f}{figures} ({when})")
 
     def shrunk(self, runs: Sequence[TrainingRun]) -> None:
         """Warn of a lack of memory that was got round."""
@@ -90,6 +96,28 @@ class Console(TrainingListener):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _losses(runs: Sequence[TrainingRun]) -> str:
+    """Of one run all there is, of a few each one's losses, of many the lowest and the highest."""
+    losses = [run.record.train_loss for run in runs]
+    if len(runs) > _SHOWN_RUNS:
+        return f"loss {min(losses):.3f} to {max(losses):.3f} of {len(runs)} adapters"
+    parts = []
+    for run, loss in zip(runs, losses, strict=True):
+        held_out = run.record.eval_losses[-1:]
+        found = f"{loss:.3f}" + "".join(f" (held out {each:.3f})" for each in held_out)
+        parts.append(f"{run.name} {found}" if run.name and len(runs) > 1 else found)
+    figures = _figures(runs[0].figures) if len(runs) == 1 else []
+    return ", ".join(["loss " + "; ".join(parts), *figures])
+
+
+def _rate(run: TrainingRun) -> str:
+    return f"lr {run.optimizer.param_groups[0]['lr']:.1e}"
+
+
+def _figures(figures: Mapping[str, float]) -> list[str]:
+    return [f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items()]
 
 
 def _named(run: TrainingRun) -> str:

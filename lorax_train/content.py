@@ -1,4 +1,4 @@
-"""What a row of data says, in one of three formats, and the checks of its keys and values.
+"""What a row of data says, in one of four formats, and the checks of its keys and values.
 
 Knows nothing of files and nothing of tokens.
 """
@@ -12,10 +12,25 @@ from typing import Any
 
 from lorax_serve.errors import TrainingError
 
-__all__ = ["FORMATS", "Content", "Message", "Messages", "PromptCompletion", "Text", "read_content"]
+__all__ = [
+    "FORMATS",
+    "Content",
+    "Message",
+    "Messages",
+    "Preference",
+    "PromptCompletion",
+    "Text",
+    "format_of",
+    "is_chat",
+    "read_content",
+]
 
 _ROLES = ("system", "user", "assistant")
-FORMATS = '{"text"}, {"prompt", "completion"} or {"messages"}, the last with or without "tools"'
+FORMATS = (
+    '{"text"}, {"prompt", "completion"} or {"messages"}, the last with or without "tools"; for '
+    '--objective dpo {"prompt", "chosen", "rejected"}, all strings or all lists of messages'
+)
+_PREFERENCE = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +69,34 @@ class Messages:
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
-Content = Text | PromptCompletion | Messages
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """An answer to prefer and one to avoid, after the same prompt.
+
+    Attributes:
+        chosen, rejected: the prompt and the answer, both of one form.
+        prompt: its messages, of which earlier answers are read and not compared; empty where the
+            prompt is a string.
+    """
+
+    chosen: PromptCompletion | Messages
+    rejected: PromptCompletion | Messages
+    prompt: tuple[Message, ...] = ()
+
+
+Content = Text | PromptCompletion | Messages | Preference
+
+
+def format_of(content: Content) -> tuple[type, ...]:
+    """Equal for contents that may be in one file."""
+    if isinstance(content, Preference):
+        return Preference, type(content.chosen)
+    return (type(content),)
+
+
+def is_chat(content: Content) -> bool:
+    """Whether a chat template must render it."""
+    return Messages in format_of(content)
 
 
 def read_content(where: str, row: Mapping[str, object]) -> Content:
@@ -79,8 +121,10 @@ def read_content(where: str, row: Mapping[str, object]) -> Content:
                 )
             return PromptCompletion(_string(where, row, "prompt"), completion)
         case ["messages"] | ["messages", "tools"]:
-            messages = _messages(where, row["messages"])
+            messages = _conversation(where, row["messages"])
             return Messages(messages, _tools(where, row["tools"]) if "tools" in row else ())
+        case ["chosen", "prompt", "rejected"]:
+            return _preference(where, row)
         case keys:
             raise TrainingError(
                 f"{where}: found the keys {{{', '.join(map(repr, keys))}}}; a row must have "
@@ -88,18 +132,31 @@ def read_content(where: str, row: Mapping[str, object]) -> Content:
             )
 
 
-def _messages(where: str, value: object) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise TrainingError(f"{where}: messages must be a list, found {type(value).__name__}")
-    messages = []
-    for index, item in enumerate(value):
-        place = f"{where}: messages[{index}]"
-        if not isinstance(item, dict) or item.keys() != {"role", "content"}:
-            raise TrainingError(f'{place} must be an object with exactly "role" and "content"')
-        role = _string(place, item, "role")
-        if role not in _ROLES:
-            raise TrainingError(f"{place}: role must be one of {', '.join(_ROLES)}, not {role!r}")
-        messages.append(Message(role, _string(place, item, "content")))
+def _preference(where: str, row: Mapping[str, object]) -> Preference:
+    if row["chosen"] == row["rejected"]:
+        raise TrainingError(f"{where}: chosen and rejected are the same; take the row out")
+    if all(isinstance(row[key], str) for key in _PREFERENCE):
+        text, good, bad = (_string(where, row, key) for key in _PREFERENCE)
+        return Preference(PromptCompletion(text, good), PromptCompletion(text, bad))
+    if not all(isinstance(row[key], list) for key in _PREFERENCE):
+        found = ", ".join(f"{key} is {type(row[key]).__name__}" for key in _PREFERENCE)
+        raise TrainingError(
+            f"{where}: prompt, chosen and rejected must be three strings, or three lists of "
+            f"messages; {found}"
+        )
+    prompt, chosen, rejected = (_messages(where, key, row[key]) for key in _PREFERENCE)
+    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer or answer[-1].role != "assistant":
+            raise TrainingError(f"{where}: {key} must end with an assistant message")
+    if prompt and prompt[-1].role == "assistant":
+        raise TrainingError(
+            f"{where}: prompt ends with an assistant message; move it into chosen and rejected"
+        )
+    return Preference(Messages(prompt + chosen), Messages(prompt + rejected), prompt)
+
+
+def _conversation(where: str, value: object) -> tuple[Message, ...]:
+    messages = _messages(where, "messages", value)
     answers = [message.content for message in messages if message.role == "assistant"]
     if not answers:
         raise TrainingError(f"{where}: no assistant message, so there is nothing to learn")
@@ -108,6 +165,21 @@ def _messages(where: str, value: object) -> tuple[Message, ...]:
             f"{where}: no token to learn: the assistant's messages are empty; fill them or take "
             "the row out"
         )
+    return messages
+
+
+def _messages(where: str, key: str, value: object) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise TrainingError(f"{where}: {key} must be a list, found {type(value).__name__}")
+    messages = []
+    for index, item in enumerate(value):
+        place = f"{where}: {key}[{index}]"
+        if not isinstance(item, dict) or item.keys() != {"role", "content"}:
+            raise TrainingError(f'{place} must be an object with exactly "role" and "content"')
+        role = _string(place, item, "role")
+        if role not in _ROLES:
+            raise TrainingError(f"{place}: role must be one of {', '.join(_ROLES)}, not {role!r}")
+        messages.append(Message(role, _string(place, item, "content")))
     return tuple(messages)
 
 

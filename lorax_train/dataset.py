@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from lorax_serve.errors import TrainingError
 from lorax_train.base import Tokenizer, load_tokenizer, vocabulary_size
-from lorax_train.batches import lengths, split
+from lorax_train.batches import longest_row, split
 from lorax_train.config import DataConfig, TrainConfig
 from lorax_train.console import Console
-from lorax_train.content import Messages
+from lorax_train.content import is_chat
 from lorax_train.encode import Encoder, Example
+from lorax_train.preference import PreferenceEncoder
 from lorax_train.rows import find_files, place, read_rows, read_text
 from lorax_train.token_store import StoredExamples, StoreWriter, TokenStore, open_store
 from lorax_train.windows import Windows, held_out_windows, random_windows
@@ -25,7 +26,7 @@ from lorax_train.windows import Windows, held_out_windows, random_windows
 __all__ = ["Dataset", "check_files", "check_fit", "prepare"]
 
 # To be raised whenever the same data and settings give other tokens, or the store another layout.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,12 @@ class _Preparation:
         data = config.data
         self._train = _look_at(data.train, data)
         self._eval = _look_at(data.eval_file, data) if data.eval_file else None
+        for files in filter(None, (self._train, self._eval)):
+            if files.windows and config.objective.name == "dpo":
+                raise TrainingError(
+                    f"{files.path}: --text-mode windows reads text, but --objective dpo needs rows "
+                    "with prompt, chosen and rejected; leave one of the two flags out"
+                )
         if self._eval is not None:
             self._check_apart(self._eval)
         chat = self._train.chat or (self._eval is not None and self._eval.chat)
@@ -174,6 +181,7 @@ class _Preparation:
             ],
             "windows" if files.windows else self._config.data.text_mode,
             0 if files.windows else self._config.data.max_length,
+            self._config.objective.name,
             sorted(hf.get_vocab().items()) if backend is None else backend.to_str(),
             [str(hf.chat_template), str(hf.init_kwargs)],
             [self._tokenizer.eos_id, *sorted(self._tokenizer.stop_ids)],
@@ -181,7 +189,8 @@ class _Preparation:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
     def _write_rows(self, files: _Files, writer: StoreWriter) -> None:
-        encoder = Encoder(self._tokenizer, self._config.data.max_length)
+        kind = PreferenceEncoder if self._config.objective.name == "dpo" else Encoder
+        encoder = kind(self._tokenizer, self._config.data.max_length)
         for index, file in enumerate(files.files):
             for row in read_rows(file, self._config.data.text_mode):
                 example = encoder.encode(row)
@@ -223,7 +232,7 @@ def _look_at(path: Path, data: DataConfig) -> _Files:
         )
     chat = False
     for file in files if not windows else ():
-        chat |= isinstance(next(read_rows(file, data.text_mode)).content, Messages)
+        chat |= is_chat(next(read_rows(file, data.text_mode)).content)
     return _Files(path, files, [_digest(file) for file in files], windows, chat)
 
 
@@ -238,7 +247,7 @@ def check_fit(config: TrainConfig, model: PreTrainedModel, examples: Sequence[Ex
     Raises:
         TrainingError: naming the row.
     """
-    longest = examples[int(lengths(examples).argmax())]
+    longest = longest_row(examples)
     limit = getattr(model.config, "max_position_embeddings", None)
     if isinstance(limit, int) and len(longest.tokens) > limit:
         flag = "--window" if isinstance(examples, Windows) else "--max-length"

@@ -14,10 +14,10 @@ import jinja2
 
 from lorax_serve.errors import TrainingError
 from lorax_train.base import Tokenizer
-from lorax_train.content import Messages, PromptCompletion, Text
+from lorax_train.content import Messages, Preference, PromptCompletion, Text
 from lorax_train.rows import Row
 
-__all__ = ["Encoder", "Example", "encode_rows"]
+__all__ = ["Encoder", "Example", "encode_rows", "render"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,11 @@ class Example:
     def n_targets(self) -> int:
         """How many tokens are learned."""
         return sum(self.trained)
+
+    @property
+    def rows(self) -> tuple[Example, ...]:
+        """What goes through the model."""
+        return (self,)
 
 
 class Encoder:
@@ -131,6 +136,8 @@ def _encode(row: Row, tokenizer: Tokenizer, counts: Counter[str]) -> tuple[list[
             return read + learned, [False] * len(read) + [True] * len(learned)
         case Messages():
             return _encode_messages(row.where, row.content, tokenizer, counts)
+        case Preference():
+            raise TrainingError(f"{row.where}: a row of preferences; add --objective dpo")
 
 
 def _encode_messages(
@@ -143,11 +150,11 @@ def _encode_messages(
     or what is learned would not be what the model is asked for when it serves.
     """
     turns = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
-    tokens = _render(where, chat, turns[-1] + 1, tokenizer, answer=False)
+    tokens = render(where, chat, turns[-1] + 1, tokenizer, answer=False)
     trained = [False] * len(tokens)
     for turn in turns:
-        before = _render(where, chat, turn, tokenizer, answer=True)
-        after = _render(where, chat, turn + 1, tokenizer, answer=False)
+        before = render(where, chat, turn, tokenizer, answer=True)
+        after = render(where, chat, turn + 1, tokenizer, answer=False)
         if (
             tokens[: len(before)] != before
             or tokens[: len(after)] != after
@@ -165,10 +172,14 @@ def _encode_messages(
     return tokens, trained
 
 
-def _render(
+def render(
     where: str, chat: Messages, count: int, tokenizer: Tokenizer, *, answer: bool
 ) -> list[int]:
-    """The first ``count`` messages."""
+    """Token ids of the first ``count`` messages; ``answer`` opens the assistant's next turn.
+
+    Raises:
+        TrainingError: naming the row, when the chat template refuses them.
+    """
     messages = [(message.role, message.content) for message in chat.messages[:count]]
     try:
         return tokenizer.render(messages, answer=answer, tools=chat.tools)

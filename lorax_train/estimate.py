@@ -69,7 +69,10 @@ def estimate(
 ) -> MemoryEstimate:
     """Estimate a training whose largest batch has the longest examples of each run."""
     largest = [
-        example for run in runs for example in by_length(run.examples)[-run.loop.batch_size :]
+        row
+        for run in runs
+        for example in by_length(run.examples)[-run.loop.batch_size :]
+        for row in example.rows
     ]
     largest.sort(key=lambda example: len(example.tokens))
     lengths = [len(example.tokens) for example in largest]

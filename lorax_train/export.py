@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +15,9 @@ from lorax_serve.errors import AdapterRejected, TrainingError
 from lorax_train.config import OutputConfig, SaveDtype
 from lorax_train.inject import TrainableLoRA
 from lorax_train.portable import portable
+from lorax_train.records.log import LOG_FILE
+from lorax_train.records.summary import Summary
+from lorax_train.report import serving_commands
 
 __all__ = ["CHECKPOINTS", "check_output", "export", "model_card"]
 
@@ -36,7 +41,9 @@ def check_output(output: OutputConfig) -> None:
     if out.is_dir():
         undo_broken_save(out)
     if out.is_dir() and not output.overwrite:
-        others = sorted(path.name for path in out.iterdir() if path.name != CHECKPOINTS)
+        # A run that failed leaves its log alone.
+        own = {CHECKPOINTS, LOG_FILE}
+        others = sorted(path.name for path in out.iterdir() if path.name not in own)
         if others and CONFIG_FILE not in others:
             raise TrainingError(
                 f"--out {out} holds something else than an adapter ({', '.join(others[:3])}); "
@@ -90,24 +97,55 @@ def export(
         raise TrainingError(f"the adapter in {directory} cannot be served: {error}") from error
 
 
-def model_card(base: str, name: str, facts: dict[str, str]) -> str:
-    """The text of ``README.md``: front matter for the Hub, and what the run measured."""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    return f"""---
-base_model: {json.dumps(base)}
-library_name: peft
-pipeline_tag: text-generation
-tags:
-- lora
----
+def model_card(summary: Summary) -> str:
+    """The text of ``README.md``: front matter for the Hub, what the run measured, and how to use
+    the adapter. A base model that is not on the Hub is not named in the front matter, where it
+    would be refused."""
+    front = [
+        *([f"base_model: {json.dumps(summary.base_id)}"] if summary.base_id else []),
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- lora",
+        "- lorax-train",
+    ]
+    parts = [
+        "\n".join(["---", *front, "---"]),
+        f"# {_escaped(summary.name)}",
+        f"A LoRA adapter for `{_code(summary.base)}`, trained with `lorax-train`.",
+        _table(summary.figures),
+        "The losses are means in nats per learned token, or per pair with `--objective dpo`.",
+        "## Data",
+        _table(summary.data),
+    ]
+    if summary.evaluations:
+        evaluations = {str(each.step): f"{each.loss:.4f}" for each in summary.evaluations}
+        parts += ["## Held-out loss", _table({"after step": "loss", **evaluations}, head=True)]
+    parts += ["## Settings", _table(summary.settings)]
+    if summary.command:
+        parts += ["## Command", _block(summary.command)]
+    commands = serving_commands(summary.base_id or summary.base, summary.directory)
+    parts += ["## Serving", _block("\n".join(commands))]
+    return "\n\n".join(parts) + "\n"
 
-# {name}
 
-A LoRA adapter for `{base}`, trained with `lorax-train`.
+def _table(facts: Mapping[str, str], *, head: bool = False) -> str:
+    """Two columns; the first pair is their heads if ``head``."""
+    rows = [f"| {_escaped(key)} | {_escaped(value)} |" for key, value in facts.items()]
+    first = rows.pop(0) if head else "| | |"
+    return "\n".join([first, "|---|---|", *rows])
 
-| | |
-|---|---|
-{rows}
 
-The losses are mean cross-entropies in nats per learned token.
-"""
+def _escaped(text: str) -> str:
+    """In one line, and nothing in it means anything to Markdown or HTML."""
+    text = " ".join(text.split())
+    return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    return " ".join(text.replace("`", "'").split())
+
+
+def _block(text: str) -> str:
+    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
+    return f"{fence}sh\n{text}\n{fence}"

@@ -68,14 +68,9 @@ class TrainableLoRA:
         """Have all tokens be this adapter's within the block."""
         return self.routing.alone(self.index)
 
-    @contextmanager
-    def switched_off(self) -> Iterator[None]:
-        """Have the model be the base, bit for bit."""
-        self.routing.on = False
-        try:
-            yield
-        finally:
-            self.routing.on = True
+    def switched_off(self) -> AbstractContextManager[None]:
+        """Have the model be the base within the block, bit for bit."""
+        return self.routing.switched_off()
 
     @contextmanager
     def rounded(self, dtype: torch.dtype) -> Iterator[None]:

@@ -60,6 +60,15 @@ class Routing:
         """Have all tokens be this adapter's within the block."""
         return self.to((Span(adapter, 0, _TO_THE_END),))
 
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Have the model be the base within the block, bit for bit."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
     def of(self, tokens: int, members: Mapping[int, int]) -> list[Span]:
         """The spans of a layer's adapters, by their places in that layer."""
         if not self.on:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,13 @@ from lorax_train.layers import LoRALayer, Routing
 from lorax_train.lean import make_lean
 from lorax_train.lora import Span
 
-__all__ = ["CHUNK", "LossFunction", "TargetLoss", "cross_entropy", "mean_loss"]
+__all__ = ["CHUNK", "LossFunction", "Objective", "TargetLoss", "cross_entropy", "mean_loss"]
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits ``[n, vocabulary]`` float32 and labels ``[n]`` to each target's loss ``[n]``."""
+
+Weigh = Callable[[torch.Tensor], torch.Tensor]
+"""From each target's loss ``[n]`` float32 to each target's weight in the sum ``[n]``."""
 
 CHUNK = 256
 """So many targets' logits exist at a time where the head's own gradient is wanted."""
@@ -36,6 +39,22 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The default loss of each target, in nats."""
     return F.cross_entropy(logits, labels, reduction="none")
+
+
+class Objective(Protocol):
+    """What the trainer needs of a loss. Its targets are what the loss is a mean over: tokens, or
+    pairs of answers."""
+
+    @property
+    def routing(self) -> Routing:
+        """Of the adapters in the model."""
+
+    def collate(self, shares: Any, pad_id: int) -> Any:
+        """A batch, with ``target_spans``, ``n_targets`` and ``n_tokens``."""
+
+    def __call__(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weighted sum over the batch's targets, a float32 scalar, and each target's own loss,
+        without a gradient."""
 
 
 class TargetLoss:
@@ -131,21 +150,31 @@ class TargetLoss:
             found: torch.Tensor = head(hidden.flatten(0, 1)[batch.before])
         return found
 
-    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, batch: Batch, weigh: Weigh | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The weighted sum over the batch's targets, a float32 scalar, and each target's own loss
-        ``[n]``, without a gradient. In nats, with the default function."""
+        ``[n]``, without a gradient. In nats, with the default function.
+
+        Args:
+            batch: with the weights.
+            weigh: makes the weights of the losses instead. They are constants for the gradient.
+        """
         head = output_head(self.model)
         if not self.head_on_targets or head is None:
-            losses = self.function(self.logits(batch).float(), batch.labels)
-            return (losses * batch.weights).sum(), losses.detach()
+            return _weighed(self.function(self.logits(batch).float(), batch.labels), batch, weigh)
         hidden = self.hidden(batch)
         assert hidden is not None
         at_targets = hidden.flatten(0, 1)[batch.before]
         if self.head_is_frozen:
             weight: Any = head.weight
             bias = getattr(head, "bias", None)
-            return head_loss(at_targets, weight, batch.labels, batch.weights, bias)
-        return self._in_chunks(head, at_targets, batch)
+            weights = batch.weights
+            if weigh is not None:  # the head's gradient needs the weights in its forward
+                with torch.no_grad():
+                    weights = weigh(head_loss(at_targets, weight, batch.labels, weights, bias)[1])
+            return head_loss(at_targets, weight, batch.labels, weights, bias)
+        return _weighed(self._in_chunks(head, at_targets, batch), batch, weigh)
 
     def _keeps_rows_apart(self, rows: Sequence[Example], expected: torch.Tensor) -> bool:
         """Have the model attend within rows, if it gives what it gives for padded rows then."""
@@ -163,9 +192,7 @@ class TargetLoss:
             model.set_attn_implementation(before)
         return apart
 
-    def _in_chunks(
-        self, head: nn.Module, hidden: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _in_chunks(self, head: nn.Module, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """With a trained head, or another loss: logits are computed again for the gradient."""
 
         def loss_of(part: torch.Tensor, labels: torch.Tensor, adapter: int, draw: int) -> Any:
@@ -179,8 +206,7 @@ class TargetLoss:
                 draw = hash((self.routing.draws.get(span.adapter, 0), start - span.start))
                 args = (hidden[at], batch.labels[at], span.adapter, draw)
                 losses.append(checkpoint(loss_of, *args, use_reentrant=False))
-        all_losses = torch.cat(losses)
-        return (all_losses * batch.weights).sum(), all_losses.detach()
+        return torch.cat(losses)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs: dict[str, Any] = {
@@ -197,8 +223,15 @@ class TargetLoss:
         return self.routing.to(batch.spans, real)
 
 
+def _weighed(
+    losses: torch.Tensor, batch: Batch, weigh: Weigh | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = batch.weights if weigh is None else weigh(losses.detach())
+    return (losses * weights).sum(), losses.detach()
+
+
 @torch.no_grad()
-def mean_loss(loss: TargetLoss, batches: Iterable[Batch]) -> float:
+def mean_loss(loss: Objective, batches: Iterable[Any]) -> float:
     """The mean loss over all targets of ``batches``, each target weighing the same.
 
     The caller turns dropout off.

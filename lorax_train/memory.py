@@ -1,40 +1,47 @@
-"""Running out of memory: how it is recognised, and what is said when nothing more can be done."""
+"""How much memory this process has taken."""
 
 from __future__ import annotations
 
-import gc
+import os
+import sys
+from pathlib import Path
 
 import torch
 
-from lorax_serve.errors import TrainingError
+__all__ = ["memory_used", "peak_memory"]
 
-__all__ = ["is_out_of_memory", "out_of_memory", "release"]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # On the CPU, torch raises a bare RuntimeError.
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+_PROCESS = Path("/proc/self")
 
 
-def out_of_memory(rows: int | None = None) -> TrainingError:
-    """The error to raise; ``rows`` is the size of the batch that did not fit, if that is known."""
-    if rows == 1:
-        return TrainingError(
-            "out of memory with a single row in a batch; lower --max-length, choose a smaller "
-            "model or --dtype bfloat16, or train fewer adapters at once"
-        )
-    return TrainingError(
-        "out of memory; lower --batch-size (and raise --grad-accumulation by as much, for the "
-        "same result), lower --max-length, or choose a smaller model"
-    )
+def memory_used(device: torch.device) -> int | None:
+    """Bytes: on a GPU the most that was allocated there so far, else what the process holds in
+    memory now; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        pages = int((_PROCESS / "statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return peak_memory(device)
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def release() -> None:
-    """Give back what a failed step has left; to be called outside of the ``except`` block, which
-    holds its tensors."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: the most that was allocated on the GPU, else the most that the process ever held in
+    memory; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        lines = (_PROCESS / "status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, ValueError, StopIteration):
+        return _of_usage()
+
+
+def _of_usage() -> int | None:
+    """Where there is no /proc. After a fork, this may be the parent's."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -66,8 +66,8 @@ def compute_probe(
         best: Probe | None = None
         for example in examples[:: max(1, len(examples) // _CANDIDATES)][:_CANDIDATES]:
             # Whatever follows a row of one or two tokens is as good as anything else.
-            tokens = (example.tokens * MIN_PROMPT)[: max(MIN_PROMPT, len(example.tokens))]
-            tokens = tokens[:MAX_PROMPT]
+            row = example.rows[0].tokens
+            tokens = (row * MIN_PROMPT)[: max(MIN_PROMPT, len(row))][:MAX_PROMPT]
             tuned, base = _both(model, adapter, tokens)
             for length in range(MIN_PROMPT, len(tokens) + 1):
                 found = probe(tokens[:length], tuned, base)

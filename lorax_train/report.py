@@ -18,7 +18,16 @@ from lorax_train.encode import Example
 from lorax_train.estimate import MemoryEstimate
 from lorax_train.training_run import TrainingRun
 
-__all__ = ["mark", "show_example", "show_memory", "show_plan", "show_probe", "show_serving"]
+__all__ = [
+    "mark",
+    "segments",
+    "serving_commands",
+    "show_example",
+    "show_memory",
+    "show_plan",
+    "show_probe",
+    "show_serving",
+]
 
 _SHOWN_TOKENS = 200
 
@@ -67,13 +76,19 @@ def show_example(console: Console, example: Example, tokenizer: Tokenizer) -> No
 
 def mark(console: Console, example: Example, tokenizer: Tokenizer) -> str:
     """The decoded row, with what is not learned set apart; a long one is cut short."""
+    parts, left = segments(example, tokenizer)
+    marked = [text if trained else console.quiet(text) for text, trained in parts]
+    return "".join(marked) + (f" … ({left} more tokens)" if left else "")
+
+
+def segments(example: Example, tokenizer: Tokenizer) -> tuple[list[tuple[str, bool]], int]:
+    """The decoded row in pieces, each with whether it is learned, and how many tokens are cut."""
     shown = list(zip(example.tokens, example.trained, strict=True))[:_SHOWN_TOKENS]
-    parts = []
-    for trained, group in groupby(shown, key=lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _ in group])
-        parts.append(text if trained else console.quiet(text))
-    left = len(example.tokens) - len(shown)
-    return "".join(parts) + (f" … ({left} more tokens)" if left else "")
+    parts = [
+        (tokenizer.decode([token for token, _ in group]), trained)
+        for trained, group in groupby(shown, key=lambda pair: pair[1])
+    ]
+    return parts, len(example.tokens) - len(shown)
 
 
 def show_memory(
@@ -118,11 +133,19 @@ def show_probe(console: Console, probe: Probe) -> None:
 
 def show_serving(console: Console, model: str, directory: Path) -> None:
     """The commands that serve and try the adapter."""
+    console.line("serve it with:")
+    for command in serving_commands(model, directory):
+        console.line(f"  {command}")
+
+
+def serving_commands(model: str, directory: Path) -> list[str]:
+    """What to type to serve the adapter, and to ask it."""
     out = directory.resolve()
     parent, name = shlex.quote(str(out.parent)), shlex.quote(out.name)
-    console.line("serve it with:")
-    console.line(f"  lorax-serve --model {shlex.quote(model)} --adapters {parent}")
-    console.line(f'  lorax generate --adapter {name} "PROMPT"')
+    return [
+        f"lorax-serve --model {shlex.quote(model)} --adapters {parent}",
+        f'lorax generate --adapter {name} "PROMPT"',
+    ]
 
 
 def _shorten(names: Sequence[str], shown: int = 8) -> list[str]:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from lorax_serve.errors import TrainingError
 from lorax_train.config import TextMode
-from lorax_train.content import FORMATS, Content, Text, read_content
+from lorax_train.content import FORMATS, Content, Text, format_of, read_content
 
 __all__ = ["SUFFIXES", "Row", "find_files", "place", "read_rows", "read_text"]
 
@@ -87,7 +87,7 @@ def read_rows(path: Path, text_mode: TextMode = "lines") -> Iterator[Row]:
     for number, content in _contents(path, text_mode):
         row = Row(place(path, number), content, number)
         first = first or row
-        if type(content) is not type(first.content):
+        if format_of(content) != format_of(first.content):
             raise TrainingError(
                 f"{row.where}: another format than {first.where}; a file's rows must all be "
                 f"{FORMATS}"

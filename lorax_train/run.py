@@ -26,12 +26,29 @@ from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
 from lorax_train.inject import TrainableLoRA, inject_all, tied_targets
 from lorax_train.loss import TargetLoss
-from lorax_train.memory import is_out_of_memory, out_of_memory
+from lorax_train.objective import choose_function, choose_objective, try_function
+from lorax_train.out_of_memory import is_out_of_memory, out_of_memory
 from lorax_train.portable import check_portable
 from lorax_train.probe import compute_probe
 from lorax_train.quantize import check_available, count_parameters
 from lorax_train.quantized_base import original_weights, quantization_warnings, restorable
-from lorax_train.report import show_example, show_memory, show_plan, show_probe, show_serving
+from lorax_train.records.log import LOG_FILE, read_curves
+from lorax_train.records.page import Report
+from lorax_train.records.recording import (
+    REPORT_FILE,
+    check_recording,
+    recorders,
+    write_reports,
+)
+from lorax_train.records.summary import Summary, summarize
+from lorax_train.report import (
+    segments,
+    show_example,
+    show_memory,
+    show_plan,
+    show_probe,
+    show_serving,
+)
 from lorax_train.token_store import TokenStore
 from lorax_train.trainer import Trainer
 from lorax_train.training_run import TrainingRecord, TrainingRun
@@ -48,12 +65,14 @@ class TrainResult:
         adapter: the trained layers.
         record: steps, losses and times.
         directory: where the adapter was saved; None if it was interrupted before the first step.
+        summary: of the run, if it was saved.
     """
 
     model: PreTrainedModel
     adapter: TrainableLoRA
     record: TrainingRecord
     directory: Path | None
+    summary: Summary | None = None
 
 
 def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
@@ -83,6 +102,8 @@ def train_all(
         with _naming(config):
             check_output(config.output)
             check_files(config.data)
+    check_recording(configs)
+    function = choose_function(first)
     device = choose_device(first.device)
     dtype = choose_dtype(first.dtype, device)
     check_available(first.quantize)
@@ -104,7 +125,9 @@ def train_all(
             for examples in filter(None, (data.examples, data.held_out)):
                 with _naming(config):
                     check_fit(config, model, examples)
-        loss = TargetLoss.prepare(model, datasets[0].examples[0])
+        try_function(first, function, model)
+        trial = datasets[0].examples[0].rows[0]
+        loss = TargetLoss.prepare(model, trial, function=function)
         adapters = inject_all(
             model,
             [config.lora for config in configs],
@@ -115,6 +138,7 @@ def train_all(
             if config.output.portable:
                 check_portable(adapter.config, adapter.layers, adapter.shapes)
         loss.routing = adapters[0].routing
+        objective, before = choose_objective(loss, configs, adapters)
         if any(config.loop.checkpointing for config in configs):
             checkpoint_layers(model, loss.routing)
         for tied in dict.fromkeys(path for each in adapters for path in tied_targets(model, each)):
@@ -131,7 +155,8 @@ def train_all(
             )
             for adapter, data, config in zip(adapters, datasets, configs, strict=True)
         ]
-        trainer = Trainer(loss, runs, datasets[0].tokenizer.pad_id, [console, checkpoints])
+        listeners = [*before, console, *recorders(configs, console.warn), checkpoints]
+        trainer = Trainer(objective, runs, datasets[0].tokenizer.pad_id, listeners)
         for config, run, data in zip(configs, runs, datasets, strict=True):
             show_plan(console, config, run, base_parameters, dtype)
             show_example(console, run.examples[0], data.tokenizer)
@@ -144,10 +169,20 @@ def train_all(
             return []
         checkpoints.resume(runs)
         trainer.train()
-    return [
-        _finish(console, config, model, run, data, source, fingerprint, served=obstacle is None)
+    served = obstacle is None
+    results = [
+        _finish(console, config, model, run, data, source, fingerprint, served=served)
         for config, run, data in zip(configs, runs, datasets, strict=True)
     ]
+    reports = [
+        _report(result.summary, run, data, served=served)
+        for config, run, data, result in zip(configs, runs, datasets, results, strict=True)
+        if config.output.report and result.summary is not None
+    ]
+    write_reports(reports, console.warn)
+    for report in reports:
+        console.line(f"report in {report.summary.directory / REPORT_FILE}")
+    return results
 
 
 def _finish(
@@ -174,38 +209,33 @@ def _finish(
         probe = compute_probe(model, adapter, examples, saved, fingerprint, original)
         show_probe(console, probe)
         metadata |= probe.to_metadata()
-    _save(config, run, metadata)
+    summary = summarize(config, run, data.sha256, fingerprint)
+    _save(config, run, metadata, summary)
     _conclude(console, config, run, served=served)
-    return TrainResult(model, adapter, record, config.output.directory)
+    return TrainResult(model, adapter, record, config.output.directory, summary)
 
 
-def _save(config: TrainConfig, run: TrainingRun, metadata: dict[str, str]) -> None:
-    adapter, record, kept = run.adapter, run.record, run.kept
-    eval_loss = f"{kept.loss:.6f}" if kept else "none"
+def _report(summary: Summary, run: TrainingRun, data: Dataset, *, served: bool) -> Report:
+    example, cut = segments(run.examples[0], data.tokenizer)
+    curves = read_curves(summary.directory / LOG_FILE)
+    return Report(summary, curves, example, cut, served)
+
+
+def _save(
+    config: TrainConfig, run: TrainingRun, metadata: dict[str, str], summary: Summary
+) -> None:
+    record, kept = run.record, run.kept
     metadata = metadata | {
         "producer": f"lorax-train {__version__}",
         "base_model": config.model,
         "seed": str(config.loop.seed),
         "steps": str(record.steps),
+        "step": str(kept.step if kept else record.steps),  # of the weights in the file
         "train_loss": f"{record.train_loss:.6f}",
-        "eval_loss": eval_loss,
+        "eval_loss": f"{kept.loss:.6f}" if kept else "none",
     }
-    facts = {
-        "rank, alpha": f"{adapter.config.r}, {adapter.config.lora_alpha:g}",
-        "trained parameters": f"{adapter.n_parameters:,}",
-        "steps": str(record.steps) + (" (interrupted)" if record.interrupted else ""),
-        "tokens trained on": f"{record.tokens:,}",
-        "loss, latest steps": f"{record.train_loss:.4f}",
-        "held-out loss before": f"{record.eval_losses[0]:.4f}" if record.eval_losses else "none",
-        "held-out loss after": f"{kept.loss:.4f} (step {kept.step})" if kept else "none",
-        "learning rate": f"{config.optimizer.lr:g} ({config.optimizer.schedule})",
-        "seed": str(config.loop.seed),
-        "data (SHA-256)": f"`{metadata['data_sha256']}`",
-        "producer": metadata["producer"],
-    }
-    out = config.output
-    card = model_card(config.model, out.directory.resolve().name, facts)
-    export(adapter, out.directory, out.save_dtype, metadata, card, as_portable=out.portable)
+    out, card = config.output, model_card(summary)
+    export(run.adapter, out.directory, out.save_dtype, metadata, card, as_portable=out.portable)
 
 
 def _why_not_served(source: Path) -> str | None:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from lorax_serve.errors import TrainingError
 from lorax_train.encode import Example
+from lorax_train.preference import PreferencePair
 
 __all__ = ["TABLE", "StoreWriter", "StoredExamples", "TokenStore", "open_store"]
 
@@ -33,6 +34,7 @@ TABLE = np.dtype(
         ("highest", "<u4"),  # of its token ids
         ("file", "<u4"),
         ("number", "<u8"),  # of its line in the file
+        ("first", "<u4"),  # tokens of the chosen answer, of a pair; else 0
     ]
 )
 _TOKENS, _TRAINED, _TABLE, _SUMMARY = "tokens.u32", "trained.u8", "table.bin", "summary.json"
@@ -57,11 +59,12 @@ class StoreWriter:
 
     def add(self, example: Example, file: int, number: int) -> None:
         """Append an example, of line ``number`` of the file with this index."""
-        self._add(example.tokens, example.trained, file, number, example.n_targets)
+        first = example.chosen_length if isinstance(example, PreferencePair) else 0
+        self._add(example.tokens, example.trained, file, number, first)
 
     def add_text(self, tokens: Sequence[int], file: int, number: int) -> None:
         """Append a part of a text that is learned whole."""
-        self._add(tokens, [True] * len(tokens), file, number, len(tokens))
+        self._add(tokens, [True] * len(tokens), file, number)
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -74,11 +77,11 @@ class StoreWriter:
             self._summary.write_text(json.dumps(counts | {"warnings": self.warnings}))
 
     def _add(
-        self, tokens: Sequence[int], trained: Sequence[bool], file: int, number: int, targets: int
+        self, tokens: Sequence[int], trained: Sequence[bool], file: int, number: int, first: int = 0
     ) -> None:
         self._tokens.write(np.array(tokens, "<u4").tobytes())
         self._trained.write(bytes(trained))
-        row = (self._n_tokens, len(tokens), targets, max(tokens), file, number)
+        row = (self._n_tokens, len(tokens), sum(trained), max(tokens), file, number, first)
         self._table.write(np.array(row, TABLE).tobytes())
         self._n_tokens += len(tokens)
         self._n_examples += 1
@@ -129,10 +132,11 @@ class StoredExamples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | StoredExamples:
         if isinstance(index, slice):
             return StoredExamples(self.store, self.where, self.table[index])
-        start, length, _, _, file, number = self.table[index].item()
+        start, length, _, _, file, number, first = self.table[index].item()
         tokens = self.store.tokens[start : start + length].tolist()
         trained = self.store.trained[start + 1 : start + length].astype(bool).tolist()
-        return Example(tuple(tokens), (False, *trained), self.where(file, number))
+        fields = tuple(tokens), (False, *trained), self.where(file, number)
+        return PreferencePair(*fields, chosen_length=first) if first else Example(*fields)
 
     def take(self, indices: Sequence[int]) -> StoredExamples:
         """Those at ``indices``, in their order, still in the store."""
@@ -142,6 +146,12 @@ class StoredExamples(Sequence[Example]):
     def lengths(self) -> Array:
         """Tokens in each example, uint32 ``[examples]``."""
         return np.asarray(self.table["length"])
+
+    @property
+    def row_lengths(self) -> Array:
+        """Tokens in the longer row of each example, uint32 ``[examples]``."""
+        first = self.table["first"]
+        return np.asarray(np.maximum(first, self.table["length"] - first))
 
     @property
     def n_targets(self) -> int:

@@ -17,8 +17,8 @@ import torch
 from lorax_train.batches import Share
 from lorax_train.encode import Example
 from lorax_train.interrupts import interrupts_held
-from lorax_train.loss import TargetLoss, mean_loss
-from lorax_train.memory import is_out_of_memory, out_of_memory, release
+from lorax_train.loss import Objective, mean_loss
+from lorax_train.out_of_memory import is_out_of_memory, out_of_memory, release
 from lorax_train.training_run import TrainingRun
 
 __all__ = ["Trainer", "TrainingListener"]
@@ -63,7 +63,7 @@ class Trainer:
 
     def __init__(
         self,
-        loss: TargetLoss,
+        loss: Objective,
         runs: Sequence[TrainingRun],
         pad_id: int,
         listeners: Sequence[TrainingListener] = (),

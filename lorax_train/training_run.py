@@ -110,6 +110,10 @@ class TrainingRun:
         """The parameters at the lowest held-out loss of training so far, if that is what will be
         saved: in ``parameters``' order."""
         self.gradient_norm = 0.0
+        self.figures: dict[str, float] = {}
+        """Of the latest step, beside its loss: what an objective measures."""
+        self.eval_figures: dict[str, float] = {}
+        """The same of the latest evaluation."""
         self._steps = self._plan()
 
     @property
@@ -131,6 +135,14 @@ class TrainingRun:
     def learning_rate(self) -> float:
         """Of the next step."""
         return self.config.lr * lr_factor(self.config, self.record.steps + 1, self.total_steps)
+
+    @property
+    def kept(self) -> Evaluation | None:
+        """Of the weights that ``take_best`` leaves; None if they were never evaluated."""
+        found = self.record.evaluations
+        if self.best is not None:
+            return min((each for each in found if each.step), key=lambda each: each.loss)
+        return found[-1] if found and found[-1].step == self.record.steps else None
 
     def next_step(self) -> list[list[Example]]:
         """The batches of the next optimizer step."""
@@ -215,14 +227,6 @@ class TrainingRun:
             latest, earlier = losses[-patience:], losses[:-patience]
             if earlier and min(latest) >= min(earlier):
                 record.stopped_early = record.steps < self.total_steps
-
-    @property
-    def kept(self) -> Evaluation | None:
-        """The evaluation of what is saved; None if nothing was evaluated."""
-        evaluations = self.record.evaluations
-        if self.best is None:
-            return evaluations[-1] if evaluations else None
-        return min((each for each in evaluations if each.step), key=lambda each: each.loss)
 
     def take_best(self) -> None:
         """Put back the parameters of the lowest held-out loss, if they were kept."""

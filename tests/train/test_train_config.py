@@ -47,6 +47,20 @@ def test_a_file_is_flags_by_name(config: Callable[..., list[str]]) -> None:
     assert parse(config(text + "targets: q_proj,v_proj\nseed: null\n")) == parse(argv)
 
 
+def test_switches_may_be_turned_either_way_and_layers_be_numbers(
+    config: Callable[..., list[str]],
+) -> None:
+    argv = ["--data", "rows.jsonl", "--out", "out", "--layers", "1,3", "--no-report"]
+    argv.append("--no-keep-best")
+    for text in (
+        "layers: [1, 3]\nreport: false\nkeep_best: false",
+        "layers: 1,3\nno_report: true\nno_keep_best: true",
+        "layers: ['1', 3-3]\nno-report: true\nkeep-best: false",
+    ):
+        assert parse(config(NEEDED + text)) == parse(argv)
+    assert parse([*config(NEEDED + "report: false\nlayers: 1"), "--report"]).output.report
+
+
 def test_flags_win_over_the_file_that_over_the_preset_and_that_over_defaults(
     config: Callable[..., list[str]],
 ) -> None:
@@ -95,6 +109,15 @@ def test_epochs_and_steps_put_each_other_aside(
         ("r: true", "r must be a whole number, not True"),
         ("lr: fast", "lr must be a number, not 'fast'"),
         ("rslora: 1", "rslora must be true or false, not 1"),
+        ("no_report: 1", "no_report must be true or false, not 1"),
+        ("report: true\nno_report: true", "no_report is there twice"),
+        ("layers: [true]", "layers must be text, not"),
+        ("objective: ppo", "objective must be one of sft, dpo, not 'ppo'"),
+        ("objective: dpo\nloss: a:b", "--loss and --objective dpo exclude each other"),
+        (
+            "adapters: [{name: a}, {name: b, objective: dpo}]",
+            "adapters: .* need one objective: a has --objective sft, b has --objective dpo",
+        ),
         ("model: 1", "model must be text, not 1; put it in quotes"),
         ("init: zeros", "init must be one of kaiming, gaussian, pissa, not 'zeros'"),
         ("preset: erlang", "preset must be one of elixir, not 'erlang'"),
@@ -172,6 +195,9 @@ def test_a_sweeps_entries_differ_in_any_key_of_an_adapter(
         ["--data", "rows.jsonl", "--out", "out"],
         ["--data", "a b.txt", "--out", "out", "--preset", "elixir", "--rslora", "--alpha", "2.5"],
         ["--data", "x", "--out", "yes", "--name", "1", "--eval-data", "null", "--targets", "[a]"],
+        ["--data", "x", "--out", "y", "--layers", "0,3-5", "--no-keep-best", "--no-report"],
+        ["--data", "x", "--out", "y", "--layers", "2", "--loss", "a.py:b", "--tensorboard", "t"],
+        ["--data", "x", "--out", "y", "--objective", "dpo", "--beta", "0.3", "--portable"],
         ["--data", "rows.jsonl", "--out", "out", "--quantize", "nf4"],
         ["--config", str(ROOT / "examples" / "sweep.yaml")],
         ["--config", str(ROOT / "examples" / "sweep.yaml"), "--preset", "elixir", "--r", "3"],
@@ -206,6 +232,10 @@ def test_a_dry_run_does_everything_but_train(
         assert line in err
     assert "step 1/" not in err
     assert not out.exists()
+    board = tmp_path / "board"
+    assert main([*argv, "--dry-run", "--eval-split", "0.2", "--tensorboard", str(board)]) == 0
+    assert not out.exists()
+    assert not board.exists()
     assert main([*argv, "--dry-run", "--targets", "nope"]) == 2
 
 

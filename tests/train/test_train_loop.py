@@ -154,7 +154,7 @@ def test_progress_is_a_line_every_few_steps_without_a_terminal(llama: Path) -> N
     console.ended([run])
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["1/12", "5/12", "10/12", "12/12"]
-    assert lines[1] == "step 5/12  loss 1.500  lr 1.0e-04  321 tok/s"
+    assert lines[1].startswith("step 5/12  loss 1.500  lr 1.0e-04  321 tok/s")
 
 
 def test_progress_is_a_bar_in_a_terminal(llama: Path) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,7 @@ def test_the_files_say_where_they_come_from(
     best = min(result.record.evaluations, key=lambda each: each.loss)
     assert float(header["eval_loss"]) == pytest.approx(best.loss, abs=1e-6)
     card = (config.output.directory / "README.md").read_text()
-    assert card.startswith(f"---\nbase_model: {json.dumps(str(llama))}\nlibrary_name: peft\n")
+    assert card.startswith("---\nlibrary_name: peft\n")  # the base is no model on the Hub
     assert f"| held-out loss after | {best.loss:.4f} (step {best.step}) |" in card
 
 
@@ -179,7 +178,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     config = configure(llama, write_rows(pairs), optimizer=OptimizerConfig(lr=1e30))
     with pytest.raises(TrainingError, match=r"step \d: the .* not a finite number.*lower --lr"):
         train(config, silent())
-    assert not config.output.directory.exists()
+    assert [path.name for path in config.output.directory.iterdir()] == ["log.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_the_server_and_peft_read_what_the_command_wrote(
     assert main(argv_for(base, write_rows(PAIRS), out, *more)) == 0
     assert {path.name for path in out.iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors"),
+        *("log.jsonl", "loss.png", "report.html"),
     }
     # Of a base that no LoRA layer was ever put into.
     shapes = module_shapes(load_model("tiny", base, torch.float32, CPU))
