@@ -65,13 +65,15 @@ def run_case(case: Mapping[str, Any]) -> dict[str, Any]:
 def speed(result: Mapping[str, Any]) -> float:
     """Real tokens a second after the first steps."""
     steps = result["steps"][_WARM:]
-    return sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
+    rate: float = sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
+    return rate
 
 
 def curve_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
     """The largest relative difference of the losses at one step."""
     pairs = zip(ours["steps"], theirs["steps"], strict=True)
-    return max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in pairs)
+    most: float = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in pairs)
+    return most
 
 
 def measure(options: Any) -> dict[str, Any]:

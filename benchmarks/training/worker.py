@@ -23,8 +23,9 @@ from lorax_serve.model.source import resolve_model
 from lorax_train.base import load_model, load_tokenizer
 from lorax_train.config import InjectionConfig, LoopConfig, OptimizerConfig
 from lorax_train.encode import Example
-from lorax_train.inject import init_a, inject_all
+from lorax_train.inject import inject_all
 from lorax_train.loss import TargetLoss
+from lorax_train.start import init_a
 from lorax_train.trainer import Trainer, TrainingListener
 from lorax_train.training_run import TrainingRun
 
@@ -161,7 +162,7 @@ def peft(case: dict[str, Any]) -> list[dict[str, float]]:
 
     class InRowOrder(HFTrainer):  # type: ignore[misc, unused-ignore]
         def _get_train_sampler(self, *_: Any) -> Any:
-            return SequentialSampler(data)  # type: ignore[arg-type]
+            return SequentialSampler(data)  # type: ignore[arg-type, unused-ignore]
 
     arguments = TrainingArguments(
         output_dir=case["scratch"],
