@@ -26,7 +26,8 @@ from lorax_train.training_run import TrainingRun
 Rows = list[dict[str, Any]]
 Configure = Callable[..., TrainConfig]
 WriteRows = Callable[..., Path]
-FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+# Not the card, which tells times and memory.
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class Logging(Console):
