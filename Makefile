@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 BENCHMARKS := offline over_grpc startup popularity many_adapters thrash cold_load base_tax \
-	long_prompt prefix load_disturbance load_scaling batch_invariance
+	long_prompt prefix load_disturbance load_scaling batch_invariance quantized_base
 
 .PHONY: setup demo test fidelity lint proto bench bench-peers bench-all gpu-check clean
 

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from lorax_serve.errors import TrainingError
-from lorax_train.config import Device, DtypeName
+from lorax_train.config import Device, DtypeName, Quantize
+from lorax_train.quantized_base import load_quantized
 
 __all__ = [
     "Tokenizer",
@@ -139,21 +140,37 @@ def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    spec: str, directory: Path, dtype: torch.dtype, device: torch.device
+    spec: str,
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: Quantize = "none",
 ) -> PreTrainedModel:
     """Load the base model, frozen and in evaluation mode.
 
     It stays in evaluation mode: the base is not trained, so its own dropout would be noise, and
     ``--dropout`` acts on the LoRA branch alone.
 
+    Args:
+        spec: what the user calls it, for messages.
+        directory: in Hugging Face's layout.
+        dtype: of its weights, or of what they are dequantised to.
+        device: where it goes.
+        quantize: how its linear layers are kept, but for the output head.
+
     Raises:
-        TrainingError: when it is no causal language model, or weights are missing.
+        TrainingError: when it is no causal language model, weights are missing, or it cannot be
+            quantised.
     """
     try:
         # Any: the declared type leaves out the pair that output_loading_info asks for.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, output_loading_info=True
-        )
+        loaded: Any
+        if quantize == "none":
+            loaded = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, output_loading_info=True
+            )
+        else:
+            loaded = load_quantized(spec, directory, dtype, device, quantize)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise TrainingError(f"model {spec}: cannot be loaded: {error}") from error
     model: PreTrainedModel = loaded[0]

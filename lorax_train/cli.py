@@ -342,6 +342,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", "loop.seed", "", type=int)
     add("--device", "device", "", of=c.Device)
     add("--dtype", "dtype", "of the frozen base", of=c.DtypeName)
+    add("--quantize", "quantize", "keep the base's linear layers in 4 or 8 bits", of=c.Quantize)
     add("--log-every", "loop.log_every", "steps between lines without a terminal", type=int)
     return parser
 

@@ -25,6 +25,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "OutputConfig",
+    "Quantize",
     "TextMode",
     "TrainConfig",
     "check_together",
@@ -37,6 +38,7 @@ Optimizer = Literal["adamw", "adam"]
 Schedule = Literal["cosine", "linear", "constant"]
 Device = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "bfloat16", "float32"]
+Quantize = Literal["none", "nf4", "int8"]
 SaveDtype = Literal["float32", "bfloat16"]
 TextMode = Literal["lines", "file", "windows"]
 
@@ -261,6 +263,8 @@ class TrainConfig:
     """``auto`` is cuda where there is one."""
     dtype: DtypeName = "auto"
     """Of the frozen base; ``auto`` is bfloat16 where the hardware multiplies it."""
+    quantize: Quantize = "none"
+    """How the base's linear layers are kept in training (QLoRA, arXiv:2305.14314)."""
     lora: InjectionConfig = field(default_factory=InjectionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -273,6 +277,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("--device", self.device, get_args(Device))
         _one_of("--dtype", self.dtype, get_args(DtypeName))
+        _one_of("--quantize", self.quantize, get_args(Quantize))
         held_out = self.data.eval_file is not None or self.data.eval_split
         for flag, value in (
             ("--eval-every", self.loop.eval_every),
@@ -315,7 +320,7 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
     names: set[str] = set()
     directories: dict[Path, str] = {}
     for config in configs:
-        for field_name in ("model", "device", "dtype"):
+        for field_name in ("model", "device", "dtype", "quantize"):
             if getattr(config, field_name) != getattr(first, field_name):
                 raise TrainingError(
                     f"{config.name}: {field_name} must be the same for all adapters that are "

@@ -3,10 +3,11 @@
 The terms, in bytes, for n trained numbers, e bytes an element of the base, and a largest batch of
 T tokens (padding included) with K targets:
 
-- weights: the base's parameters and buffers, each storage once;
+- weights: the base's parameters and buffers, each storage once (a quantised weight's are buffers);
 - adapter: ``n * (8 + e)``, values and gradients in float32 and the copy cast for the products;
 - optimizer: ``n * 8``, Adam's two float32 moments;
-- activations: ``T *`` what autograd keeps for one token, which is measured on this model;
+- activations: ``T *`` what autograd keeps for one token, which is measured on this model; with a
+  quantised base also its largest weight, in the dtype that it is dequantised to for a product;
 - logits: of a few targets at a time, twice in float32, if the head is frozen and on targets only;
   else ``vocabulary * (12 + 2 e)`` for each token, or, with a trained head, for each of a few
   targets: logits and their gradient in the base's dtype, and in float32 the logits, their
@@ -34,6 +35,7 @@ from lorax_train.batches import by_length
 from lorax_train.encode import Example
 from lorax_train.head import piece
 from lorax_train.loss import CHUNK, TargetLoss
+from lorax_train.quantize import QuantizedLinear
 from lorax_train.training_run import TrainingRun
 
 __all__ = ["MemoryEstimate", "available_memory", "estimate"]
@@ -98,9 +100,18 @@ def estimate(
         weights=sum(storages.values()),
         adapter=n_trained * (8 + size),
         optimizer=n_trained * 8,
-        activations=int(tokens * per_token),
+        activations=int(tokens * per_token) + _largest_dequantised(model),
         logits=logits,
     )
+
+
+def _largest_dequantised(model: PreTrainedModel) -> int:
+    sizes = (
+        layer.in_features * layer.out_features * layer.dtype.itemsize
+        for layer in model.modules()
+        if isinstance(layer, QuantizedLinear)
+    )
+    return max(sizes, default=0)
 
 
 def _activation_bytes_per_token(

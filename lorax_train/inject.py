@@ -21,6 +21,7 @@ from lorax_serve.adapter import LoRAConfig, ModuleKind, ModuleShape, Role, tenso
 from lorax_train.base import output_head
 from lorax_train.config import InjectionConfig
 from lorax_train.layers import LoRAEmbedding, LoRALayer, LoRALinear, Pair, Routing
+from lorax_train.quantize import QuantizedLinear
 from lorax_train.start import starting_pair
 from lorax_train.targets import resolve_targets
 
@@ -111,7 +112,7 @@ def module_shapes(model: PreTrainedModel) -> dict[str, ModuleShape]:
             size = module.num_embeddings, module.embedding_dim
         elif isinstance(module, Conv1D):  # stores W as [in, out]
             size = module.weight.shape[0], module.weight.shape[1]
-        elif isinstance(module, nn.Linear) or hasattr(module, "product"):  # quantized: the latter
+        elif isinstance(module, nn.Linear | QuantizedLinear):
             size = module.in_features, module.out_features
         else:
             continue
@@ -147,7 +148,7 @@ def inject_all(
     shapes = module_shapes(model)
     routing = Routing()
     layers: dict[str, LoRALayer] = {}
-    transposed = {path for path in shapes if isinstance(model.get_submodule(path), Conv1D)}
+    transposed = {path for path in shapes if _is_transposed(model.get_submodule(path))}
     adapters = []
     for index, (own, seed) in enumerate(zip(settings, seeds, strict=True)):
         targets = resolve_targets(own.targets, shapes, own.layers)
@@ -176,6 +177,13 @@ def inject_all(
         own_layers = {path: layers[path] for path in targets.paths}
         adapters.append(TrainableLoRA(config, shapes, own_layers, index, routing))
     return adapters
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether the base stores this weight as ``[in, out]``, which PEFT must be told."""
+    if isinstance(module, QuantizedLinear):
+        return module.transposed
+    return isinstance(module, Conv1D)
 
 
 def tied_targets(model: PreTrainedModel, adapter: TrainableLoRA) -> list[str]:

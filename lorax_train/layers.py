@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -156,6 +157,11 @@ class LoRALayer(nn.Module):
         """The base's weight: some models look at its dtype or device."""
         weight: torch.Tensor = self.base.weight  # type: ignore[assignment]
         return weight
+
+    @property
+    def device(self) -> torch.device:
+        """The base's: asked of its weight, a quantised layer would dequantise it to answer."""
+        return next(chain(self.base.parameters(), self.base.buffers())).device
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -102,7 +102,9 @@ def make_lean(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def _lean(module: Any, model: PreTrainedModel) -> nn.Module | None:
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    eps = getattr(module, "variance_epsilon", None)
+    # Asked for second: a quantised layer would dequantise its weight to answer.
+    weight = getattr(module, "weight", None) if isinstance(eps, float) else None
     if isinstance(weight, torch.Tensor) and isinstance(eps, float) and weight.ndim == 1:
         found: nn.Module = LeanRMSNorm(weight, eps)
         width = len(weight)

@@ -6,6 +6,7 @@ It is computed from A and B as they are saved, which may be rounded, on the mode
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ def compute_probe(
     examples: Sequence[Example],
     saved: torch.dtype,
     fingerprint: str,
+    served: AbstractContextManager[None] | None = None,
 ) -> Probe:
     """Choose the prompt on which adapter and base differ most, and compute the probe on it.
 
@@ -39,6 +41,8 @@ def compute_probe(
         examples: held-out ones, where there are some.
         saved: dtype of A and B in the file.
         fingerprint: of the base weights.
+        served: within it, the model computes with the weights that are served, where those that it
+            was trained with are another form of them. Prompts are chosen without it: it is slow.
 
     Raises:
         TrainingError: when a logit is not a finite number.
@@ -71,7 +75,8 @@ def compute_probe(
                     best = found
         assert best is not None  # there are examples: training needs one
         # Alone, as the server will compute it.
-        return probe(best.token_ids, *_both(model, adapter, best.token_ids))
+        with served or nullcontext():
+            return probe(best.token_ids, *_both(model, adapter, best.token_ids))
 
 
 def _both(

@@ -52,7 +52,9 @@ def show_plan(
     device = run.parameters[0].device.type
     named = f"{config.name}: " if config.name else ""
     scale = adapter.config.scale_for(next(iter(adapter.layers)))
-    console.line(f"model      {config.model} ({str(dtype).removeprefix('torch.')} on {device})")
+    stored = "" if config.quantize == "none" else f"linear layers in {config.quantize}, "
+    dtype_name = str(dtype).removeprefix("torch.")
+    console.line(f"model      {config.model} ({stored}{dtype_name} on {device})")
     console.line(
         f"adapter    {named}rank {lora.r}, alpha {lora.lora_alpha:g}, scale {scale:g}, on "
         f"{len(adapter.layers)} modules: {', '.join(_shorten(lora.target_modules))}"

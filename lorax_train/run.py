@@ -30,6 +30,8 @@ from lorax_train.objective import choose_function, choose_objective, try_functio
 from lorax_train.out_of_memory import is_out_of_memory, out_of_memory
 from lorax_train.portable import check_portable
 from lorax_train.probe import compute_probe
+from lorax_train.quantize import check_available, count_parameters
+from lorax_train.quantized_base import original_weights, quantization_warnings, restorable
 from lorax_train.records.log import LOG_FILE, read_curves
 from lorax_train.records.page import Report
 from lorax_train.records.recording import (
@@ -85,7 +87,7 @@ def train_all(
     checked before the model is loaded.
 
     Args:
-        configs: of each adapter; all have the same model, device and dtype.
+        configs: of each adapter; all have the same model, device, dtype and quantize.
         console: what is said goes there; default: to stderr.
         dry_run: do everything but the training, and return nothing.
 
@@ -104,6 +106,7 @@ def train_all(
     function = choose_function(first)
     device = choose_device(first.device)
     dtype = choose_dtype(first.dtype, device)
+    check_available(first.quantize)
     source = resolve_model(first.model)
     datasets = []
     stores: dict[str, TokenStore] = {}
@@ -113,8 +116,11 @@ def train_all(
     fingerprint = _fingerprint(source, console)
     checkpoints = Checkpoints(configs, datasets, fingerprint or first.model, dtype, console)
     with _out_of_memory_explained():
-        model = load_model(first.model, source, dtype, device)
-        base_parameters = sum(p.numel() for p in model.parameters())
+        model = load_model(first.model, source, dtype, device, first.quantize)
+        if first.quantize != "none":
+            for warning in quantization_warnings(first.model, model, source):
+                console.warn(warning)
+        base_parameters = count_parameters(model)
         for config, data in zip(configs, datasets, strict=True):
             for examples in filter(None, (data.examples, data.held_out)):
                 with _naming(config):
@@ -165,7 +171,7 @@ def train_all(
         trainer.train()
     served = obstacle is None
     results = [
-        _finish(console, config, model, run, data, fingerprint, served=served)
+        _finish(console, config, model, run, data, source, fingerprint, served=served)
         for config, run, data in zip(configs, runs, datasets, strict=True)
     ]
     reports = [
@@ -185,6 +191,7 @@ def _finish(
     model: PreTrainedModel,
     run: TrainingRun,
     data: Dataset,
+    source: Path,
     fingerprint: str | None,
     *,
     served: bool,
@@ -195,9 +202,11 @@ def _finish(
         console.line("interrupted before the first step; nothing was saved")
         return TrainResult(model, adapter, record, None)
     metadata = {"data_sha256": data.sha256}
-    if fingerprint is not None:
+    if fingerprint is not None and restorable(model):
         saved: torch.dtype = getattr(torch, config.output.save_dtype)
-        probe = compute_probe(model, adapter, data.held_out or data.examples, saved, fingerprint)
+        original = original_weights(model, source)
+        examples = data.held_out or data.examples
+        probe = compute_probe(model, adapter, examples, saved, fingerprint, original)
         show_probe(console, probe)
         metadata |= probe.to_metadata()
     summary = summarize(config, run, data.sha256, fingerprint)

@@ -56,7 +56,7 @@ def starting_pair(
     else:
         a = init_a(settings.r, shape.in_features, settings.init, generator)
         b = torch.zeros(shape.out_features, settings.r)
-    device = layer.weight.device
+    device = layer.device
     a, b = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
     pair = Pair(a, b, scale, settings.dropout, start=start)
     if settings.dora:

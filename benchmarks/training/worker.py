@@ -162,7 +162,7 @@ def peft(case: dict[str, Any]) -> list[dict[str, float]]:
 
     class InRowOrder(HFTrainer):  # type: ignore[misc, unused-ignore]
         def _get_train_sampler(self, *_: Any) -> Any:
-            return SequentialSampler(data)  # type: ignore[arg-type]
+            return SequentialSampler(data)  # type: ignore[arg-type, unused-ignore]
 
     arguments = TrainingArguments(
         output_dir=case["scratch"],

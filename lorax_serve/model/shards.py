@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 
@@ -17,12 +17,16 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
-def open_shards(directory: Path, stack: ExitStack) -> dict[str, Any]:
+def open_shards(
+    directory: Path, stack: ExitStack, backend: Literal["mmap", "pread"] = "mmap"
+) -> dict[str, Any]:
     """Map the weight files of a Hugging Face model directory; nothing but headers is read.
 
     Args:
         directory: with ``model.safetensors``, or its index and shards.
         stack: closes the files.
+        backend: ``pread`` reads each tensor into memory of its own, which is given back with it.
+            The pages of a mapped file stay with the process once they were touched.
 
     Returns:
         The open file of each tensor's name; ``get_tensor`` of it gives a view of the mapped file.
@@ -33,7 +37,8 @@ def open_shards(directory: Path, stack: ExitStack) -> dict[str, Any]:
     shard_of: dict[str, Any] = {}
     for path in _files(directory):
         try:
-            shard = stack.enter_context(safetensors.safe_open(path, framework="pt"))
+            file = safetensors.safe_open(path, framework="pt", backend=backend)
+            shard = stack.enter_context(file)
         except (OSError, safetensors.SafetensorError) as error:
             raise ModelUnsupported(f"{path} is not a whole safetensors file: {error}") from error
         shard_of |= dict.fromkeys(shard.keys(), shard)

@@ -110,7 +110,8 @@ def hub_id(spec: str) -> str | None:
 
 
 def _settings(config: TrainConfig) -> dict[str, str]:
-    found = {"model": config.model, "device": config.device, "dtype": config.dtype}
+    names = ("model", "device", "dtype", "quantize")
+    found = {name: str(getattr(config, name)) for name in names}
     for part in dataclasses.fields(config):
         value = getattr(config, part.name)
         if part.name != "output" and dataclasses.is_dataclass(value):

@@ -130,6 +130,8 @@ def test_epochs_and_steps_put_each_other_aside(
             "adapters: [{name: a, model: b}]",
             r"adapters\[0\] \(a\): model is common to all adapters",
         ),
+        ("adapters: [{name: a, quantize: nf4}]", r"\(a\): quantize is common to all adapters"),
+        ("quantize: int4", "quantize must be one of none, nf4, int8, not 'int4'"),
         ("adapters: [{name: a, preset: elixir}]", r"\(a\): preset is common to all adapters"),
         ("adapters: [{name: a, rr: 1}]", r"adapters\[0\] \(a\): there is no flag rr"),
         ("adapters: [{name: a}, {name: b, r: 0}]", r"adapters\[1\] \(b\): --r must be at least 1"),
@@ -196,6 +198,7 @@ def test_a_sweeps_entries_differ_in_any_key_of_an_adapter(
         ["--data", "x", "--out", "y", "--layers", "0,3-5", "--no-keep-best", "--no-report"],
         ["--data", "x", "--out", "y", "--layers", "2", "--loss", "a.py:b", "--tensorboard", "t"],
         ["--data", "x", "--out", "y", "--objective", "dpo", "--beta", "0.3", "--portable"],
+        ["--data", "rows.jsonl", "--out", "out", "--quantize", "nf4"],
         ["--config", str(ROOT / "examples" / "sweep.yaml")],
         ["--config", str(ROOT / "examples" / "sweep.yaml"), "--preset", "elixir", "--r", "3"],
     ],
@@ -285,7 +288,8 @@ def test_adapters_for_unlike_models_are_not_trained_at_once() -> None:
         return TrainConfig(DataConfig(Path("x")), OutputConfig(Path(name)), name=name, **fields)
 
     check_together([make("a"), make("b")])
-    for fields in ({"model": "m"}, {"device": "cpu"}, {"dtype": "float32"}):
+    unlike = ({"model": "m"}, {"device": "cpu"}, {"dtype": "float32"}, {"quantize": "int8"})
+    for fields in unlike:
         field = next(iter(fields))
         with pytest.raises(TrainingError, match=f"b: {field} must be the same for all adapters"):
             train_all([make("a"), make("b", **fields)])

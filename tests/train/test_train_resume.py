@@ -26,6 +26,7 @@ from lorax_train.training_run import TrainingRun
 Rows = list[dict[str, Any]]
 Configure = Callable[..., TrainConfig]
 WriteRows = Callable[..., Path]
+# Not the card, which tells times and memory.
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
