@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 BENCHMARKS := offline over_grpc startup popularity many_adapters thrash cold_load base_tax \
 	long_prompt prefix load_disturbance load_scaling batch_invariance quantized_base
 
-.PHONY: setup demo test fidelity lint proto bench bench-peers bench-all gpu-check clean
+.PHONY: setup demo test fidelity lint proto bench bench-peers bench-train bench-all gpu-check clean
 
 setup: $(READY)
 
@@ -44,6 +44,10 @@ bench: setup
 # The headline table: lorax beside transformers + PEFT and vLLM, which gets an environment of its own.
 bench-peers: setup
 	$(BIN)/python -m benchmarks.peers
+
+# lorax-train beside PEFT with transformers' Trainer.
+bench-train: setup
+	$(BIN)/python -m benchmarks.training
 
 # Every benchmark of lorax alone; each has flags of its own (--help).
 bench-all: setup
