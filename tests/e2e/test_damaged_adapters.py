@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig
 
 from lorax_serve.client import AsyncClient, GenerateOptions, Generation
-from lorax_serve.errors import AdapterRejected, EngineFailed, SourceFailed
+from lorax_serve.errors import AdapterConflict, AdapterRejected, EngineFailed, SourceFailed
 from tests.adapter.damage import MUTATIONS, VARIANTS
 from tests.e2e.conftest import StartServer
 from tests.e2e.test_serving import client_of, integrity
@@ -116,7 +116,12 @@ async def load(client: AsyncClient, directory: Path, root: Path) -> str:
     served = root / "victim"
     await asyncio.to_thread(directory.rename, served)
     try:
-        await client.load_adapter("victim")
+        while True:
+            try:
+                await client.load_adapter("victim")
+                break
+            except AdapterConflict:  # the watch looks at it, too
+                await asyncio.sleep(0.01)
     except AdapterRejected:
         return "refused"
     except SourceFailed:
