@@ -28,7 +28,6 @@ from benchmarks.measure import digits
 from benchmarks.record import has_bfloat16, write_result
 
 _WARM = 3
-_SMOOTH = 1
 
 
 def cases(steps: int) -> dict[str, dict[str, Any]]:

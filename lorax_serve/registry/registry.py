@@ -449,17 +449,7 @@ class AdapterRegistry:
     async def _set(self, adapter: Adapter, weight: int | None, pinned: bool | None) -> Adapter:
         changed = False
         if pinned is not None and pinned != adapter.pinned:
-            if pinned:
-                await self._engine.pin_adapter(adapter.key)
-            try:
-                await self._library.set_pinned(adapter.name, pinned)
-            except BaseException:
-                if pinned:
-                    await self._engine.unpin_adapter(adapter.key)
-                raise
-            if not pinned:
-                await self._engine.unpin_adapter(adapter.key)
-            adapter.pinned = changed = pinned
+            await self._set_pinned(adapter, pinned)
             changed = True
         if weight is not None and weight != adapter.weight:
             await self._library.set_weight(adapter.name, weight)
@@ -468,6 +458,17 @@ class AdapterRegistry:
         if changed:
             self._versions.tell_changed(adapter)
         return adapter
+
+    async def _set_pinned(self, adapter: Adapter, pinned: bool) -> None:
+        """What is recorded is pinned in the engine at all times."""
+        if pinned:
+            await self._engine.pin_adapter(adapter.key)
+        try:
+            await self._library.set_pinned(adapter.name, pinned)
+            adapter.pinned = pinned
+        finally:
+            if not adapter.pinned:
+                await self._engine.unpin_adapter(adapter.key)
 
     async def _pin(self, adapter: Adapter, before: Adapter | None) -> None:
         """Pin a version that is to be, if its name says so."""
