@@ -11,6 +11,7 @@ from typing import Any
 from lorax_serve import __version__
 from lorax_serve.cli.adapters import add_commands
 from lorax_serve.errors import InvalidRequest, LoraxError
+from lorax_serve.sampling_flags import add_sampling_flags, given_sampling
 
 __all__ = ["main"]
 
@@ -126,19 +127,7 @@ def _info(client: Any, options: argparse.Namespace) -> None:
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in _SAMPLING if hasattr(options, name)}
-
-
-_SAMPLING: dict[str, tuple[type, str]] = {
-    "max_new_tokens": (int, "most tokens to generate (default: 256)"),
-    "temperature": (float, "0 is greedy (default: 1 with --top-k or --top-p, else 0)"),
-    "top_k": (int, "keep the k most probable tokens"),
-    "top_p": (float, "keep the most probable tokens up to this mass"),
-    "seed": (int, "repeat a draw"),
-    "repetition_penalty": (float, "above 1 discourages repetition"),
-    "priority": (int, "share of a busy server: -2 to 2, each level doubles it (default: 0)"),
-    "stop": (str, "text that ends the generation; may be given several times"),
-}
+    return given_sampling(options, ("priority",))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -173,14 +162,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "-v", "--verbose", action="store_true", help="say what answered, and how it ended"
         )
-        for name, (kind, text) in _SAMPLING.items():
-            command.add_argument(
-                f"--{name.replace('_', '-')}",
-                type=kind,
-                help=text,
-                action="append" if name == "stop" else "store",
-                default=argparse.SUPPRESS,
-            )
+        add_sampling_flags(command)
+        command.add_argument(
+            "--priority",
+            type=int,
+            help="share of a busy server: -2 to 2, each level doubles it (default: 0)",
+            default=argparse.SUPPRESS,
+        )
     info = commands.add_parser("info", parents=[common], help="describe the server's model")
     info.set_defaults(run=_info)
 

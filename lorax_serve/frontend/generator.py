@@ -14,7 +14,7 @@ from lorax_serve.engine.messages import Submit
 from lorax_serve.errors import Draining, EngineFailed, InvalidRequest
 from lorax_serve.frontend.async_engine import AsyncEngine
 from lorax_serve.frontend.text import Detokenizer, StopMatcher, Tokenizer
-from lorax_serve.registry.registry import AdapterRegistry
+from lorax_serve.registry.admission import Admission
 from lorax_serve.registry.version import Adapter
 
 __all__ = ["RequestListener", "TextChunk", "TextGenerator", "TextStream"]
@@ -151,7 +151,7 @@ class TextGenerator:
 
     Args:
         engine: a started engine.
-        registry: the adapters' names.
+        admission: pins the adapters that requests name.
         tokenizer: the base model's.
         listener: told of every request's life.
     """
@@ -159,14 +159,14 @@ class TextGenerator:
     def __init__(
         self,
         engine: AsyncEngine,
-        registry: AdapterRegistry,
+        admission: Admission,
         tokenizer: Tokenizer,
         listener: RequestListener | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.listener = listener or RequestListener()
         self._engine = engine
-        self._registry = registry
+        self._admission = admission
         self._ids = itertools.count(1)
         self._active = 0
         self._idle = asyncio.Event()
@@ -226,14 +226,14 @@ class TextGenerator:
             )
         adapter = await self._admit(request)
         if adapter is not None and self._draining:  # it may have come late, after a load
-            self._registry.release(adapter)
+            self._admission.release(adapter)
             raise Draining("the server is shutting down; send the request to another one")
         try:
             stream = TextStream(self, request, ids, adapter)
             self._engine.submit(self._command(stream, request, ids), stream.feed)
         except BaseException:
             if adapter is not None:
-                self._registry.release(adapter)
+                self._admission.release(adapter)
             raise
         self._active += 1
         self._idle.clear()
@@ -243,9 +243,9 @@ class TextGenerator:
     async def _admit(self, request: GenerateRequest) -> Adapter | None:
         """Pin what the request names; None for the base model."""
         if request.composition:
-            return await self._registry.admit_together(request.composition)
+            return await self._admission.admit_together(request.composition)
         if request.adapter_id is not None:
-            return await self._registry.admit(request.adapter_id)
+            return await self._admission.admit(request.adapter_id)
         return None
 
     def abort(self, stream: TextStream) -> None:
@@ -255,7 +255,7 @@ class TextGenerator:
     def ended(self, stream: TextStream, reason: StopReason) -> None:
         """Called by each stream exactly once."""
         if stream.adapter is not None:
-            self._registry.release(stream.adapter)
+            self._admission.release(stream.adapter)
         self.listener.ended(stream, reason)
         self._active -= 1
         if self._active == 0:

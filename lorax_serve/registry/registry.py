@@ -1,10 +1,10 @@
-"""The adapters of a server: which version answers to a name, and who still uses which version.
+"""The adapters of a server: which version answers to a name, and how that is changed.
 
 A version is content under a name; its identity is the content's digest, and its number is the
 load's sequence number. A request names an adapter, or one of its versions (``name@digest``), and
-pins it when it is admitted. Loading a name again makes it mean the new version at once, and rolling
-back makes it mean an earlier one again. Where nothing keeps earlier versions, the old one is freed
-with its last request. All methods run on the event loop's thread.
+pins it when it is admitted (``admission``). Loading a name again makes it mean the new version at
+once, and rolling back makes it mean an earlier one again. Where nothing keeps earlier versions, the
+old one is freed with its last request. All methods run on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -12,30 +12,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, suppress
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 
-from lorax_serve.core import AdapterScale, AdapterTier, Freed
-from lorax_serve.errors import (
-    AdapterConflict,
-    AdapterNotFound,
-    AdapterRejected,
-    InvalidRequest,
-    LoraxError,
-    SourceFailed,
-    SourceReason,
-    StoreFailed,
-)
+from lorax_serve.core import AdapterTier, Freed
+from lorax_serve.errors import AdapterConflict, AdapterNotFound, InvalidRequest, LoraxError
+from lorax_serve.registry.admission import Admission
 from lorax_serve.registry.background import Background
 from lorax_serve.registry.backoff import Backoff
-from lorax_serve.registry.compositions import Composed, Compositions
+from lorax_serve.registry.compositions import Compositions
 from lorax_serve.registry.events import RegistryListener
 from lorax_serve.registry.in_place import InPlace
+from lorax_serve.registry.kept import KeptVersions
 from lorax_serve.registry.library import Fetched, Library
-from lorax_serve.registry.names import Names, check_digest, check_name, is_name, split_name
+from lorax_serve.registry.names import Names, check_digest, check_name
 from lorax_serve.registry.upload import Upload
-from lorax_serve.registry.version import Adapter, AdapterState
+from lorax_serve.registry.version import Adapter
 from lorax_serve.registry.versions import AdapterEngine, Versions
 from lorax_serve.report import LoadReport
 from lorax_serve.store.catalog import NameRecord
@@ -57,6 +49,9 @@ class AdapterRegistry:
         history: how many earlier versions of a name stay loaded.
         on_demand: whether a request loads what it names from the library's source.
         clock: seconds that never go back.
+
+    Attributes:
+        admission: what requests use.
     """
 
     def __init__(
@@ -71,81 +66,23 @@ class AdapterRegistry:
     ) -> None:
         self._engine = engine
         self._library = library
-        self._on_demand = on_demand and library.keeps
         self._names = names = Names(history if library.keeps else 0)
         self._background = background = Background()
         self._versions = versions = Versions(engine, library, names, background, listeners)
+        self._kept = KeptVersions(engine, library, names, versions)
         self._loading: set[str] = set()
-        self._wanted: dict[str, asyncio.Task[Adapter]] = {}
-        """Loads that requests wait for."""
         self._backoff = Backoff(clock)
-        self._compositions = Compositions(engine, versions, background)
-        versions.on_retired = self._compositions.leave
-
-    # Requests
-
-    def acquire(self, name: str) -> Adapter:
-        """Pin the version that ``name`` means now, or that ``name@digest`` is; ``release`` it when
-        the request ends.
-
-        Raises:
-            AdapterNotFound: naming what is loaded.
-            InvalidRequest: what follows the ``@`` is no digest.
-        """
-        adapter = self._names.find(*split_name(name))
-        if adapter is None:
-            raise AdapterNotFound(f"adapter_id {name!r} is not loaded; {self._names}")
-        adapter.requests += 1
-        adapter.last_used = time.time()
-        adapter.hold()
-        return adapter
-
-    async def admit(self, name: str) -> Adapter:
-        """``acquire``, after bringing in what this server has on its disk, or may load on demand.
-
-        Raises:
-            AdapterNotFound, InvalidRequest: as ``acquire``.
-            LoraxError: as ``load``.
-        """
-        with suppress(AdapterNotFound):
-            return self.acquire(name)
-        base, digest = split_name(name)
-        if digest is None and self._on_demand and is_name(base):
-            await self._together(base, lambda: self._load_on_demand(base))
-        elif digest is not None and base in self._names:
-            found = await self._earlier_digest(base, digest)
-            if found is None:
-                raise AdapterNotFound(await self._no_such_version(base, digest))
-            await self._together(f"{base}@{found}", lambda: self._reload(base, found))
-        return self.acquire(name)
-
-    async def admit_together(self, named: Sequence[AdapterScale]) -> Adapter:
-        """Pin several adapters, added up with their scales, as one; ``release`` it as any other.
-
-        Raises:
-            AdapterNotFound, InvalidRequest: as ``acquire``.
-            AdapterRejected: one of them is more than LoRA.
-            LoraxError: as ``load``.
-        """
-        parts: list[tuple[Adapter, float]] = []
-        try:
-            for name, scale in named:
-                parts.append((await self.admit(name), scale))
-            return await self._compositions.acquire(parts)
-        except BaseException:
-            for adapter, _ in parts:
-                adapter.release()
-            raise
-
-    def release(self, adapter: Adapter) -> None:
-        """Undo one ``acquire``."""
-        adapter.release()
-        if isinstance(adapter, Composed):
-            for part, _ in adapter.parts:
-                part.release()
-            self._compositions.released(adapter)
-
-    # Administration
+        compositions = Compositions(engine, versions, background)
+        versions.on_retired = compositions.leave
+        self.admission = Admission(
+            names,
+            library,
+            self._kept,
+            compositions,
+            background,
+            self._backoff,
+            self.load if on_demand and library.keeps else None,
+        )
 
     def adapters(self) -> list[Adapter]:
         """All loaded versions, by name, those that drain included."""
@@ -315,7 +252,7 @@ class AdapterRegistry:
         try:
             await self._check_unchanged(self._library, record.name, record)
             with self._versions.telling(record.name):
-                adapter = await self._read(self._library, record.name, record.digest)
+                adapter = await self._kept.read(record.name, record.digest)
             adapter.version, adapter.weight = record.sequence, record.weight
             if record.pinned:
                 try:
@@ -409,37 +346,6 @@ class AdapterRegistry:
         self._versions.clean(recorded.unreferenced)
         return adapter
 
-    async def _load_on_demand(self, name: str) -> Adapter:
-        """Load what a request names; what failed is left alone for a while."""
-        self._backoff.check(name)
-        failure: LoraxError
-        try:
-            await self._check_unrecorded(name)
-            return await self.load(name)
-        except AdapterConflict:  # somebody loads it
-            raise
-        except LoraxError as error:
-            failure = error
-        # Who sent the request has asked for no load: say which adapter this is about.
-        if isinstance(failure, SourceFailed) and failure.reason is SourceReason.NOT_FOUND:
-            failure = AdapterNotFound(f"adapter_id {name!r} is not loaded, and {failure}")
-        elif isinstance(failure, AdapterRejected):
-            text = f"adapter_id {name!r} is not loaded, and is refused: {failure}"
-            failure = AdapterRejected(failure.reason, text, failure.report)
-        self._backoff.failed(name, failure)
-        raise failure
-
-    async def _check_unrecorded(self, name: str) -> None:
-        """Refuse to load for a request what means something already, which cannot be served."""
-        assert isinstance(self._library, Library)
-        record = await self._library.find(name)
-        if record is not None and name not in self._names:
-            raise AdapterNotFound(
-                f"adapter_id {name!r} is not loaded: it means the digest {record.digest:.12}, "
-                "which cannot be served now (the server's log says why); load or upload it again "
-                "to replace that"
-            )
-
     async def _update(self, adapter: Adapter, weight: int | None, pinned: bool | None) -> Adapter:
         try:
             return await self._set(adapter, weight, pinned)
@@ -478,12 +384,12 @@ class AdapterRegistry:
 
     async def _roll_back(self, library: Library, name: str, digest: str | None) -> Adapter:
         try:
-            target = await self._earlier_digest(name, digest)
+            target = await self._kept.earlier_digest(name, digest)
             if target is None:
                 known = ", ".join(each[:12] for each in await library.history(name))
                 what = "no earlier version" if digest is None else f"no earlier version {digest}"
                 raise AdapterConflict(f"adapter {name!r} has {what}; it has: {known or 'none'}")
-            adapter = self._names.earlier(name, target) or await self._reload(name, target)
+            adapter = self._names.earlier(name, target) or await self._kept.reload(name, target)
             current = self._names.get(name)
             adapter.pinned = current is not None and current.pinned
             try:
@@ -499,63 +405,6 @@ class AdapterRegistry:
             return adapter
         finally:
             self._loading.discard(name)
-
-    async def _reload(self, name: str, digest: str) -> Adapter:
-        """Load an earlier version from this server's disk, as ``name@digest``."""
-        assert isinstance(self._library, Library)
-        adapter = await self._read(self._library, name, digest)
-        adapter.state = AdapterState.SUPERSEDED
-        adapter.version = await self._library.sequence_of(name, digest)
-        current, twin = self._names.get(name), self._names.earlier(name, digest)
-        if twin is None and adapter.version and current and current.info.digest != digest:
-            self._versions.add_earlier(adapter)
-            return adapter
-        # It was unloaded, rolled back, forgotten, or read by another call meanwhile.
-        await self._engine.drop_adapter(adapter.key)
-        if twin is not None:
-            return twin
-        raise AdapterConflict(f"adapter {name!r} was changed by another call; try again")
-
-    async def _read(self, library: Library, name: str, digest: str) -> Adapter:
-        """Load content that this server's disk has kept, if it is what it was.
-
-        Raises:
-            StoreFailed: it is not there, or has other bytes.
-            LoraxError: as ``load``.
-        """
-        directory, key = library.directory(digest), self._versions.next_key()
-        try:
-            info = await self._engine.load_adapter(key, str(directory))
-        except AdapterRejected:
-            await library.check(digest)
-            raise
-        if info.digest != digest:
-            await self._engine.drop_adapter(key)
-            await library.check(digest)
-            raise StoreFailed(f"{directory} was changed while it was read; try again")
-        return Adapter(name, 0, info, directory, key)
-
-    async def _earlier_digest(self, name: str, digest: str | None) -> str | None:
-        """The whole digest of an earlier version that begins with ``digest``; the last, if None."""
-        history = await self._library.history(name)
-        return next((each for each in history if each.startswith(digest or "")), None)
-
-    async def _no_such_version(self, name: str, digest: str) -> str:
-        current = self._names.get(name)
-        earlier = ", ".join(each[:12] for each in await self._library.history(name))
-        means = "nothing" if current is None else current.info.digest[:12]
-        return (
-            f"adapter_id {f'{name}@{digest}'!r} is not loaded; {name!r} means {means} now, its "
-            f"earlier versions are: {earlier or 'none'}"
-        )
-
-    async def _together(self, what: str, load: Callable[[], Coroutine[Any, Any, Adapter]]) -> None:
-        """Load once for all requests that wait for it."""
-        task = self._wanted.get(what)
-        if task is None:
-            task = self._wanted[what] = self._background.run(load())
-            task.add_done_callback(lambda done: self._wanted.pop(what, None))
-        await asyncio.shield(task)
 
     async def _unload(self, name: str) -> list[asyncio.Task[Freed]]:
         try:

@@ -210,7 +210,7 @@ class Server:
         self.metrics.stats = engine.stats
         engine.on_step = self.metrics.step
         tokenizer = await asyncio.to_thread(Tokenizer, engine.info.directory)
-        self._generator = TextGenerator(engine, registry, tokenizer, self.metrics)
+        self._generator = TextGenerator(engine, registry.admission, tokenizer, self.metrics)
         self._generation.generator = self._generator
         self._adapters.registry = registry
         if isinstance(files, InPlace):

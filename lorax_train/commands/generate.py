@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 
 import torch
 
+from lorax_serve.sampling_flags import add_sampling_flags, given_sampling
 from lorax_train.base import choose_device, load_tokenizer
 from lorax_train.commands.parsing import CommandParser
 from lorax_train.generation import Sampling, generate
@@ -16,16 +15,6 @@ from lorax_train.merge import check_mergeable, merged_model
 from lorax_train.stored import open_adapter
 
 __all__ = ["main"]
-
-_FLAGS: dict[str, tuple[type, str]] = {
-    "max_new_tokens": (int, "most tokens to generate (default: 256)"),
-    "temperature": (float, "0 is greedy (default: 1 with --top-k or --top-p, else 0)"),
-    "top_k": (int, "keep the k most probable tokens"),
-    "top_p": (float, "keep the most probable tokens up to this mass"),
-    "seed": (int, "repeat a draw"),
-    "repetition_penalty": (float, "above 1 discourages repetition"),
-    "stop": (str, "text that ends the generation; may be given several times"),
-}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         ModelUnsupported: the base cannot be found.
     """
     options = _parser().parse_args(argv)
-    given = {name: getattr(options, name) for name in _FLAGS if hasattr(options, name)}
+    given = given_sampling(options)
     sampling = Sampling(**given | {"stop": tuple(given.get("stop", ()))})
     stored = open_adapter(options.adapter, options.model)
     check_mergeable(stored, to_disk=False)
@@ -75,15 +64,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--chat", action="store_true", help="take it as a user's message, in the chat template"
     )
-    for name in dataclasses.fields(Sampling):
-        kind, text = _FLAGS[name.name]
-        parser.add_argument(
-            f"--{name.name.replace('_', '-')}",
-            type=kind,
-            help=text,
-            action="append" if name.name == "stop" else "store",
-            default=argparse.SUPPRESS,
-        )
+    add_sampling_flags(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--dtype",

@@ -123,7 +123,7 @@ def held(registry: AdapterRegistry) -> list[str]:
 
 async def test_requests_for_the_same_share_one(registry: AdapterRegistry, engine: Composer) -> None:
     engine.go.clear()
-    waiting = [asyncio.create_task(registry.admit_together(AB)) for _ in range(3)]
+    waiting = [asyncio.create_task(registry.admission.admit_together(AB)) for _ in range(3)]
     await settle()
     engine.go.set()
     first, second, third = await asyncio.gather(*waiting)
@@ -133,11 +133,11 @@ async def test_requests_for_the_same_share_one(registry: AdapterRegistry, engine
     assert [(part.name, scale) for part, scale in first.parts] == [("a", 0.5), ("b", -1)]
     assert [(part.digest, part.scale) for part in engine.held[first.key]] == [("a", 0.5), ("b", -1)]
     for _ in range(3):
-        registry.release(first)
+        registry.admission.release(first)
     await settle()
-    assert await registry.admit_together(AB) is first, "it stays for the next request"
+    assert await registry.admission.admit_together(AB) is first, "it stays for the next request"
     assert engine.composed == 1
-    other = await registry.admit_together([AB[0], AdapterScale("b", 1)])
+    other = await registry.admission.admit_together([AB[0], AdapterScale("b", 1)])
     assert other is not first
 
 
@@ -145,13 +145,13 @@ async def test_parts_count_the_requests_that_use_them(registry: AdapterRegistry)
     def used() -> dict[str, tuple[int, int]]:
         return {each.name: (each.requests, each.references) for each in registry.adapters()}
 
-    composed = await registry.admit_together(AB)
+    composed = await registry.admission.admit_together(AB)
     assert used() == {"a": (1, 1), "b": (1, 1), "c": (0, 0)}
-    await registry.admit_together(AB)
-    await registry.admit_together([AdapterScale("a", 3)])
+    await registry.admission.admit_together(AB)
+    await registry.admission.admit_together([AdapterScale("a", 3)])
     assert used() == {"a": (3, 3), "b": (2, 2), "c": (0, 0)}
-    registry.release(composed)
-    registry.release(composed)
+    registry.admission.release(composed)
+    registry.admission.release(composed)
     assert used() == {"a": (3, 1), "b": (2, 0), "c": (0, 0)}, "it stays, but no request uses it"
 
 
@@ -159,22 +159,22 @@ async def test_a_composition_weighs_what_its_heaviest_part_weighs_now(
     registry: AdapterRegistry, engine: Composer
 ) -> None:
     await registry.load("b", weight=3)
-    assert (await registry.admit_together(AB)).weight == 3
+    assert (await registry.admission.admit_together(AB)).weight == 3
     await registry.load("b", weight=2)
     await registry.load("a", weight=7)
-    assert (await registry.admit_together(AB)).weight == 7
+    assert (await registry.admission.admit_together(AB)).weight == 7
     assert engine.composed == 1
 
 
 async def test_a_part_that_is_unloaded_takes_an_unused_composition_along(
     registry: AdapterRegistry, engine: Composer
 ) -> None:
-    composed = await registry.admit_together(AB)
-    registry.release(composed)
+    composed = await registry.admission.admit_together(AB)
+    registry.admission.release(composed)
     assert await asyncio.wait_for(registry.unload("a"), 5) == Freed(host=100)
     assert composed.key not in engine.held
     with pytest.raises(AdapterNotFound, match="'a' is not loaded"):
-        await registry.admit_together(AB)
+        await registry.admission.admit_together(AB)
     await settle()
     assert len(engine.held) == 2
     assert held(registry) == []
@@ -183,12 +183,12 @@ async def test_a_part_that_is_unloaded_takes_an_unused_composition_along(
 async def test_a_part_that_is_unloaded_waits_for_the_composition_in_use(
     registry: AdapterRegistry, engine: Composer
 ) -> None:
-    composed = await registry.admit_together(AB)
+    composed = await registry.admission.admit_together(AB)
     unload = asyncio.create_task(registry.unload("b"))
     await settle()
     assert not unload.done()
     assert composed.key in engine.held
-    registry.release(composed)
+    registry.admission.release(composed)
     await asyncio.wait_for(unload, 5)
     assert len(engine.held) == 2
 
@@ -197,14 +197,14 @@ async def test_a_part_that_is_unloaded_while_it_is_composed(
     registry: AdapterRegistry, engine: Composer
 ) -> None:
     engine.go.clear()
-    wanted = asyncio.create_task(registry.admit_together(AB))
+    wanted = asyncio.create_task(registry.admission.admit_together(AB))
     await settle()
     unload = asyncio.create_task(registry.unload("b"))
     await settle()
     engine.go.set()
     composed = await wanted  # its request was admitted before
     assert not unload.done()
-    registry.release(composed)
+    registry.admission.release(composed)
     await asyncio.wait_for(unload, 5)
     assert len(engine.held) == 2
 
@@ -214,7 +214,7 @@ async def test_a_caller_that_goes_away(
     registry: AdapterRegistry, engine: Composer, unloaded: bool
 ) -> None:
     engine.go.clear()
-    wanted = asyncio.create_task(registry.admit_together(AB))
+    wanted = asyncio.create_task(registry.admission.admit_together(AB))
     await settle()
     wanted.cancel()
     await settle()
@@ -225,7 +225,7 @@ async def test_a_caller_that_goes_away(
         await asyncio.wait_for(unload, 5)
         assert len(engine.held) == 2
         return
-    again = await registry.admit_together(AB)
+    again = await registry.admission.admit_together(AB)
     assert engine.composed == 1
     assert again.references == 1
 
@@ -233,9 +233,9 @@ async def test_a_caller_that_goes_away(
 async def test_a_refusal_leaves_nothing_behind(registry: AdapterRegistry, engine: Composer) -> None:
     engine.refusal = AdapterRejected(RejectReason.UNSUPPORTED, "it has DoRA")
     with pytest.raises(AdapterRejected, match="DoRA"):
-        await registry.admit_together(AB)
+        await registry.admission.admit_together(AB)
     with pytest.raises(AdapterNotFound):
-        await registry.admit_together([AdapterScale("a"), AdapterScale("nobody")])
+        await registry.admission.admit_together([AdapterScale("a"), AdapterScale("nobody")])
     assert held(registry) == []
     assert len(engine.held) == 3
 
@@ -244,14 +244,16 @@ async def test_only_so_many_are_kept_unused(
     registry: AdapterRegistry, engine: Composer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compositions, "_MOST_IDLE", 4)
-    running = await registry.admit_together([AdapterScale("a", 99)])
+    running = await registry.admission.admit_together([AdapterScale("a", 99)])
     for scale in range(6):
-        registry.release(await registry.admit_together([AdapterScale("a", scale)]))
+        registry.admission.release(
+            await registry.admission.admit_together([AdapterScale("a", scale)])
+        )
         await settle()
         assert len(engine.held) == 3 + 1 + min(scale + 1, 4)
     assert running.key in engine.held
     engine.composed = 0
-    registry.release(await registry.admit_together([AdapterScale("a", 5)]))
+    registry.admission.release(await registry.admission.admit_together([AdapterScale("a", 5)]))
     assert engine.composed == 0, "the last ones are those that are kept"
 
 
@@ -259,21 +261,21 @@ async def test_only_so_many_are_made_at_a_time(
     registry: AdapterRegistry, engine: Composer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compositions, "_MOST_MAKING", 2)
-    made = await registry.admit_together([AdapterScale("a", 9)])
+    made = await registry.admission.admit_together([AdapterScale("a", 9)])
     engine.go.clear()
     tasks = [
-        asyncio.create_task(registry.admit_together([AdapterScale("a", scale)]))
+        asyncio.create_task(registry.admission.admit_together([AdapterScale("a", scale)]))
         for scale in (1, 2, 1, 3, 2)
     ]
     await settle()
-    assert await registry.admit_together([AdapterScale("a", 9)]) is made, "it is there"
+    assert await registry.admission.admit_together([AdapterScale("a", 9)]) is made, "it is there"
     engine.go.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     (refused,) = [result for result in results if isinstance(result, Exception)]
     assert isinstance(refused, Overloaded)
     assert results.index(refused) == 3
     assert "2 other combinations of adapters and scales are being made" in str(refused)
-    registry.release(await registry.admit_together([AdapterScale("a", 3)]))
+    registry.admission.release(await registry.admission.admit_together([AdapterScale("a", 3)]))
     assert {each.name: each.references for each in registry.adapters()} == {"a": 6, "b": 0, "c": 0}
 
 
@@ -295,7 +297,7 @@ async def test_whatever_happens_nothing_is_freed_too_early_or_left_behind(
         names = chance.sample("abc", chance.randint(1, 3))
         named = [AdapterScale(name, chance.choice((1, -0.5))) for name in names]
         with suppress(AdapterNotFound, AdapterRejected):
-            composed = await registry.admit_together(named)
+            composed = await registry.admission.admit_together(named)
             assert isinstance(composed, Composed)
             running.append(composed)
 
@@ -318,16 +320,16 @@ async def test_whatever_happens_nothing_is_freed_too_early_or_left_behind(
         elif action < 0.8 and running:
             composed = running.pop(chance.randrange(len(running)))
             assert composed.key in engine.held, "it was freed while a request used it"
-            registry.release(composed)
+            registry.admission.release(composed)
         else:
             await asyncio.sleep(0)
         assert all(composed.key in engine.held for composed in running)
     async with asyncio.timeout(5):
         while running or not all(task.done() for task in work):
             while running:
-                registry.release(running.pop())
+                registry.admission.release(running.pop())
             await settle()
-    assert len(registry._compositions) <= 3
+    assert len(registry.admission._compositions) <= 3
     for name in "abc":
         if registry.is_loaded(name):
             await asyncio.wait_for(registry.unload(name), 5)

@@ -68,14 +68,14 @@ async def test_it_holds_up_neither_the_disk_nor_what_it_does_give(
     for name in (*gate.closed, "pilot", "pirate"):
         place.write(name, name.encode())
     *most, last = sorted(gate.closed)
-    asking = [asyncio.create_task(registry.admit(name)) for name in most]
+    asking = [asyncio.create_task(registry.admission.admit(name)) for name in most]
     await until(lambda: len(gate.waiting) == MOST - 1)
     # There is a place left for what the source gives.
-    assert (await registry.admit("pilot")).name == "pilot"
-    asking.append(asyncio.create_task(registry.admit(last)))
+    assert (await registry.admission.admit("pilot")).name == "pilot"
+    asking.append(asyncio.create_task(registry.admission.admit(last)))
     await until(lambda: len(gate.waiting) == MOST)
     # There is none, and the disk and the catalogue still work.
-    asking.append(asyncio.create_task(registry.admit("pirate")))
+    asking.append(asyncio.create_task(registry.admission.admit("pirate")))
     await registry.roll_back("poet")
     await registry.unload("poet")
     assert await place.libraries[0].history("pilot") == []
@@ -94,15 +94,15 @@ async def test_a_fetch_that_hangs_ends_for_the_caller_and_for_the_name(
     gate.closed = {"poet"}
     place.write("poet", b"1")
     with pytest.raises(SourceFailed, match=r"source/poet: the source gave nothing within") as found:
-        await registry.admit("poet")
+        await registry.admission.admit("poet")
     assert found.value.reason is SourceReason.TIMEOUT
     assert place.staged == []
     with pytest.raises(SourceFailed, match="gave nothing"):
-        await registry.admit("poet")  # at once
+        await registry.admission.admit("poet")  # at once
     assert gate.waiting == ["poet"]
     gate.closed = set()
     place.now = 1.0
-    assert (await registry.admit("poet")).name == "poet"
+    assert (await registry.admission.admit("poet")).name == "poet"
 
 
 async def test_a_listing_that_hangs_is_waited_for_by_one_thread(

@@ -96,7 +96,7 @@ async def test_a_load_that_cannot_be_pinned_changes_nothing(place: Place) -> Non
     place.write("poet", b"2")
     with pytest.raises(Overloaded, match="cannot be pinned"):
         await registry.load("poet", pinned=True)
-    assert registry.acquire("poet") is old
+    assert registry.admission.acquire("poet") is old
     assert place.engine.held == {old.key: old.info.digest}
     assert place.kept == {old.info.digest}
 
@@ -111,7 +111,7 @@ async def test_a_roll_back_that_cannot_be_pinned_changes_nothing(place: Place) -
     registry._engine = full
     with pytest.raises(Overloaded, match="cannot be pinned"):
         await registry.roll_back("poet")
-    assert registry.acquire("poet") is new
+    assert registry.admission.acquire("poet") is new
     assert (new.pinned, old.pinned, pinned(place)) == (True, False, {digest})
 
 
@@ -129,7 +129,7 @@ async def test_a_roll_back_that_is_not_recorded_is_undone(
     monkeypatch.setattr(Catalog, "roll_back", fail)
     with pytest.raises(StoreFailed):
         await registry.roll_back("poet")
-    assert registry.acquire("poet") is new
+    assert registry.admission.acquire("poet") is new
     assert (new.pinned, old.pinned, pinned(place)) == (True, False, {digest})
 
 

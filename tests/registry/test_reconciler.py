@@ -37,7 +37,7 @@ async def test_a_restart_serves_what_was_acknowledged(place: Place) -> None:
     assert after.info == before.info
     assert place.engine.loads == 1  # nothing was fetched again
     # An earlier version is still there, on disk.
-    old = await registry.admit(f"poet@{first}")
+    old = await registry.admission.admit(f"poet@{first}")
     assert old.info.digest == first
     assert (await registry.roll_back("poet")) is old
 
@@ -56,7 +56,7 @@ async def test_a_restart_loads_what_has_changed_in_the_source(place: Place) -> N
     assert {name: type(error) for name, error in reconciler.failures.items()} == {
         "bad": AdapterRejected
     }
-    assert registry.acquire("poet").info.digest == changed
+    assert registry.admission.acquire("poet").info.digest == changed
     assert {adapter.name for adapter in registry.adapters()} == {"poet", "pilot"}
     assert len(place.kept) == 3
 
@@ -70,7 +70,7 @@ async def test_a_change_is_loaded_and_what_is_the_same_is_not_fetched(place: Pla
     assert place.engine.loads == 1
     changed = place.write("poet", b"2")
     await reconciler.run_once()
-    assert registry.acquire("poet").info.digest == changed
+    assert registry.admission.acquire("poet").info.digest == changed
     assert place.engine.loads == 2
 
 
@@ -108,7 +108,7 @@ async def test_a_name_that_was_loaded_from_elsewhere_is_left_alone(
     for _ in range(3):
         await reconciler.run_once()
     assert fetches == ["copy"]
-    assert registry.acquire("poet") is adapter
+    assert registry.admission.acquire("poet") is adapter
 
 
 async def test_a_roll_back_stands_until_the_source_changes(place: Place) -> None:
@@ -120,10 +120,10 @@ async def test_a_roll_back_stands_until_the_source_changes(place: Place) -> None
     await reconciler.run_once()
     await registry.roll_back("poet")
     await reconciler.run_once()
-    assert registry.acquire("poet").info.digest == first
+    assert registry.admission.acquire("poet").info.digest == first
     third = place.write("poet", b"3")
     await reconciler.run_once()
-    assert registry.acquire("poet").info.digest == third
+    assert registry.admission.acquire("poet").info.digest == third
 
 
 async def test_a_roll_back_stands_when_the_source_was_touched_but_not_changed(
@@ -141,20 +141,20 @@ async def test_a_roll_back_stands_when_the_source_was_touched_but_not_changed(
     for _ in range(3):
         await reconciler.run_once()
     assert fetches == ["poet"]
-    assert registry.acquire("poet") is back
+    assert registry.admission.acquire("poet") is back
     # Also after a restart, and if it was touched while the server was away.
     place.write("poet", b"2")
     registry = place.start()
     reconciler = place.reconciler(registry)
     await reconciler.run_once()
-    assert registry.acquire("poet").info.digest == first
+    assert registry.admission.acquire("poet").info.digest == first
     assert (await registry.load("poet")).info.digest == second, "by hand it can be loaded"
     await registry.roll_back("poet")
     place.write("poet", b"1")
     await reconciler.run_once()
     place.write("poet", b"2")
     await reconciler.run_once()
-    assert registry.acquire("poet").info.digest == second, "the source had other content"
+    assert registry.admission.acquire("poet").info.digest == second, "the source had other content"
 
 
 async def test_what_was_unloaded_stays_away_when_it_was_touched_but_not_changed(
@@ -174,7 +174,7 @@ async def test_what_was_unloaded_stays_away_when_it_was_touched_but_not_changed(
     assert (place.engine.held, place.kept) == ({}, set())
     changed = place.write("poet", b"2")
     await reconciler.run_once()
-    assert registry.acquire("poet").info.digest == changed
+    assert registry.admission.acquire("poet").info.digest == changed
 
 
 async def test_what_is_loaded_during_a_pass_is_not_replaced_by_what_was_seen_before(
@@ -193,7 +193,7 @@ async def test_what_is_loaded_during_a_pass_is_not_replaced_by_what_was_seen_bef
 
     monkeypatch.setattr(library, "listing", listing_then_load)
     await place.reconciler(registry).run_once()
-    assert registry.acquire("poet") is loaded[0]
+    assert registry.admission.acquire("poet") is loaded[0]
 
 
 async def test_what_is_unloaded_during_a_pass_does_not_come_back(
@@ -235,7 +235,7 @@ async def test_what_was_unloaded_comes_back_only_when_it_has_changed(
     assert not registry.is_loaded("poet"), "nor after a restart"
     changed = place.write("poet", b"3")
     await reconciler.run_once()
-    assert registry.acquire("poet").info.digest == changed
+    assert registry.admission.acquire("poet").info.digest == changed
 
 
 async def test_what_was_unloaded_can_be_loaded(place: Place) -> None:
@@ -247,7 +247,7 @@ async def test_what_was_unloaded_can_be_loaded(place: Place) -> None:
     await registry.load("poet")
     registry = place.start()
     await place.reconciler(registry).run_once()
-    assert registry.acquire("poet").info.digest == digest
+    assert registry.admission.acquire("poet").info.digest == digest
 
 
 async def test_what_disappears_from_the_source_stays(place: Place) -> None:
@@ -322,7 +322,7 @@ async def test_content_that_was_lost_is_fetched_again(place: Place) -> None:
     shutil.rmtree(place.state / "adapters" / digest)
     registry = place.start()
     await place.reconciler(registry).run_once()
-    assert registry.acquire("poet").info.digest == digest
+    assert registry.admission.acquire("poet").info.digest == digest
     assert place.kept == {digest}
 
 
@@ -337,7 +337,7 @@ async def test_content_that_was_damaged_is_fetched_again_and_never_served(
     overwrite(place.state / "adapters" / digest / WEIGHTS_FILE, damage)
     registry = place.start()
     await place.reconciler(registry).run_once()
-    assert registry.acquire("poet").info.digest == digest
+    assert registry.admission.acquire("poet").info.digest == digest
     assert (set(place.engine.held.values()), place.kept) == ({digest}, {digest})
     place.stop()
     overwrite(place.state / "adapters" / digest / WEIGHTS_FILE, damage)
@@ -363,7 +363,7 @@ async def test_content_that_is_fetched_again_keeps_weight_and_pin(place: Place) 
     shutil.rmtree(place.state / "adapters" / digest)
     registry = place.start()
     await place.reconciler(registry).run_once()
-    adapter = registry.acquire("poet")
+    adapter = registry.admission.acquire("poet")
     assert (adapter.weight, adapter.pinned, place.engine.pinned) == (7, True, {adapter.key})
 
 
@@ -385,7 +385,7 @@ async def test_what_takes_the_place_of_what_was_not_restored_keeps_weight_and_pi
     monkeypatch.setattr(place.engine, "load_adapter", too_large_at_first)
     reconciler = place.reconciler(registry)
     await reconciler.run_once()
-    adapter = registry.acquire("poet")
+    adapter = registry.admission.acquire("poet")
     assert reconciler.failures == {}
     assert (adapter.info.digest, adapter.weight, adapter.pinned) == (second, 7, True)
 
@@ -418,10 +418,10 @@ async def test_an_earlier_version_that_was_damaged_is_refused(place: Place) -> N
     await place.reconciler(registry).run_once()
     overwrite(place.state / "adapters" / first / WEIGHTS_FILE, b"X")
     with pytest.raises(StoreFailed, match=first):
-        await registry.admit(f"poet@{first}")
+        await registry.admission.admit(f"poet@{first}")
     with pytest.raises(StoreFailed, match=first):
         await registry.roll_back("poet")
-    assert registry.acquire("poet").info.digest == second
+    assert registry.admission.acquire("poet").info.digest == second
     assert set(place.engine.held.values()) == {second}
 
 

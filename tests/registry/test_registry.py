@@ -95,9 +95,9 @@ async def test_load_acquire_release_unload(setting: Setting) -> None:
     setting.write("poet", "v1")
     adapter = await setting.registry.load("poet")
     assert (adapter.name, adapter.version, adapter.info.digest) == ("poet", 1, "v1")
-    assert setting.registry.acquire("poet") is adapter
+    assert setting.registry.admission.acquire("poet") is adapter
     assert (adapter.references, adapter.requests) == (1, 1)
-    setting.registry.release(adapter)
+    setting.registry.admission.release(adapter)
     assert await setting.registry.unload("poet") == Freed(host=100)
     assert setting.registry.adapters() == []
     assert setting.loader.loaded == {}
@@ -115,12 +115,12 @@ async def test_inspecting_loads_nothing(setting: Setting) -> None:
 
 async def test_unknown_names_are_told_what_there_is(setting: Setting) -> None:
     with pytest.raises(AdapterNotFound, match="no adapter is loaded"):
-        setting.registry.acquire("poet")
+        setting.registry.admission.acquire("poet")
     for i in range(10):
         setting.write(f"a{i}", f"v{i}")
         await setting.registry.load(f"a{i}")
     with pytest.raises(AdapterNotFound, match=r"loaded: a0, a1, .*, a7 and 2 more"):
-        setting.registry.acquire("poet")
+        setting.registry.admission.acquire("poet")
     with pytest.raises(AdapterNotFound):
         await setting.registry.unload("poet")
 
@@ -128,21 +128,21 @@ async def test_unknown_names_are_told_what_there_is(setting: Setting) -> None:
 async def test_a_replacement_flips_at_once_and_drains_the_old(setting: Setting) -> None:
     setting.write("poet", "v1")
     old = await setting.registry.load("poet")
-    assert setting.registry.acquire("poet") is old
+    assert setting.registry.admission.acquire("poet") is old
     setting.write("poet", "v2")
     setting.loader.open.clear()
     loading = asyncio.create_task(setting.registry.load("poet"))
     await turns()
-    assert setting.registry.acquire("poet") is old
-    setting.registry.release(old)
+    assert setting.registry.admission.acquire("poet") is old
+    setting.registry.admission.release(old)
     setting.loader.open.set()
     new = await loading
-    assert setting.registry.acquire("poet") is new
+    assert setting.registry.admission.acquire("poet") is new
     assert (old.state, new.state) == (AdapterState.DRAINING, AdapterState.READY)
     assert setting.registry.adapters() == [old, new]
     await turns()
     assert setting.loader.dropped == []
-    setting.registry.release(old)
+    setting.registry.admission.release(old)
     await turns()
     assert setting.loader.dropped == [old.version]
     assert setting.registry.adapters() == [new]
@@ -162,7 +162,7 @@ async def test_a_refused_replacement_leaves_what_was_there(setting: Setting) -> 
     setting.write("poet", "bad")
     with pytest.raises(AdapterRejected):
         await setting.registry.load("poet")
-    assert setting.registry.acquire("poet") is first
+    assert setting.registry.admission.acquire("poet") is first
     assert setting.listener.events[-1] == ("refused", "poet:it is bad")
     setting.write("poet", "v2")
     assert (await setting.registry.load("poet")).info.digest == "v2"
@@ -171,17 +171,17 @@ async def test_a_refused_replacement_leaves_what_was_there(setting: Setting) -> 
 async def test_unload_drains_and_goes_on_when_cancelled(setting: Setting) -> None:
     setting.write("poet", "v1")
     adapter = await setting.registry.load("poet")
-    setting.registry.acquire("poet")
+    setting.registry.admission.acquire("poet")
     unloading = asyncio.create_task(setting.registry.unload("poet"))
     await turns()
     with pytest.raises(AdapterNotFound):
-        setting.registry.acquire("poet")
+        setting.registry.admission.acquire("poet")
     assert setting.registry.adapters() == [adapter]
     unloading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await unloading
     assert setting.loader.dropped == []
-    setting.registry.release(adapter)
+    setting.registry.admission.release(adapter)
     await turns()
     assert setting.loader.dropped == [1]
     assert setting.registry.adapters() == []
@@ -190,13 +190,13 @@ async def test_unload_drains_and_goes_on_when_cancelled(setting: Setting) -> Non
 async def test_a_name_can_be_loaded_again_while_it_drains(setting: Setting) -> None:
     setting.write("poet", "v1")
     old = await setting.registry.load("poet")
-    setting.registry.acquire("poet")
+    setting.registry.admission.acquire("poet")
     unloading = asyncio.create_task(setting.registry.unload("poet"))
     await turns()
     new = await setting.registry.load("poet")
-    assert setting.registry.acquire("poet") is new
+    assert setting.registry.admission.acquire("poet") is new
     assert new.version != old.version
-    setting.registry.release(old)
+    setting.registry.admission.release(old)
     assert await unloading == Freed(host=100)
     assert setting.registry.adapters() == [new]
 
@@ -211,7 +211,7 @@ async def test_a_load_goes_on_when_cancelled(setting: Setting) -> None:
         await loading
     setting.loader.open.set()
     await turns()
-    assert setting.registry.acquire("poet").version == 1
+    assert setting.registry.admission.acquire("poet").version == 1
 
 
 async def test_one_load_of_a_name_at_a_time(setting: Setting) -> None:
@@ -282,4 +282,4 @@ async def test_releasing_too_often_is_a_bug(setting: Setting) -> None:
     setting.write("poet", "v1")
     adapter = await setting.registry.load("poet")
     with pytest.raises(AssertionError, match="released too often"):
-        setting.registry.release(adapter)
+        setting.registry.admission.release(adapter)

@@ -195,8 +195,8 @@ async def test_unload_while_a_replacement_loads(root: Path) -> None:
     await turns()
     with pytest.raises(AdapterConflict, match="being loaded by another call"):
         await registry.unload("one")
-    assert registry.acquire("one") is old
-    registry.release(old)
+    assert registry.admission.acquire("one") is old
+    registry.admission.release(old)
     loader.go.set()
     new = await loading
     await turns()
@@ -220,14 +220,14 @@ async def test_several_generations_drain_each_with_its_last_request(root: Path) 
     for generation in range(4):
         loader.answer = f"v{generation}"
         await registry.load("one")
-        pinned += [registry.acquire("one"), registry.acquire("one")]
+        pinned += [registry.admission.acquire("one"), registry.admission.acquire("one")]
     assert len(loader.held) == 4
     for adapter in pinned[::2]:
-        registry.release(adapter)
+        registry.admission.release(adapter)
     await turns()
     assert len(loader.held) == 4
     for adapter in reversed(pinned[1::2]):
-        registry.release(adapter)
+        registry.admission.release(adapter)
         await turns()
         assert held_versions(registry) == loader.held
     assert loader.held == {pinned[-1].version}

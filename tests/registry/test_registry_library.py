@@ -42,16 +42,16 @@ async def test_a_name_and_its_versions_by_digest(place: Place) -> None:
     assert (first.info.digest, second.info.digest) == (one, two)
     assert second.version > first.version
     assert first.state is AdapterState.SUPERSEDED
-    assert registry.acquire("poet") is second
-    assert registry.acquire(f"poet@{one[:12]}") is first
-    assert registry.acquire(f"poet@{two}") is second
+    assert registry.admission.acquire("poet") is second
+    assert registry.admission.acquire(f"poet@{one[:12]}") is first
+    assert registry.admission.acquire(f"poet@{two}") is second
     with pytest.raises(AdapterNotFound):
-        registry.acquire(f"poet@{'0' * 12}")
+        registry.admission.acquire(f"poet@{'0' * 12}")
     with pytest.raises(InvalidRequest, match="12 to 64 hexadecimal digits"):
-        registry.acquire(f"poet@{one[:11]}")
+        registry.admission.acquire(f"poet@{one[:11]}")
     message = f"'poet@0{{12}}' is not loaded; 'poet' means {two[:12]} now, .* are: {one[:12]}$"
     with pytest.raises(AdapterNotFound, match=message):
-        await registry.admit(f"poet@{'0' * 12}")
+        await registry.admission.admit(f"poet@{'0' * 12}")
 
 
 async def test_rolling_back_and_forth(place: Place) -> None:
@@ -64,7 +64,7 @@ async def test_rolling_back_and_forth(place: Place) -> None:
     back = await registry.roll_back("poet")
     assert back.info.digest == digests[1]
     assert back.version > last.version
-    assert registry.acquire("poet") is back
+    assert registry.admission.acquire("poet") is back
     assert place.engine.loads == loads  # it was there
     assert (await registry.roll_back("poet")).info.digest == digests[2]
     assert (await registry.roll_back("poet", digests[0][:20])).info.digest == digests[0]
@@ -89,11 +89,11 @@ async def test_a_version_in_use_stays_until_its_last_request(place: Place) -> No
     registry = place.start(history=0)
     one = place.write("poet", b"1")
     await registry.load("poet")
-    used = registry.acquire("poet")
+    used = registry.admission.acquire("poet")
     place.write("poet", b"2")
     await registry.load("poet")
     assert one in place.kept
-    registry.release(used)
+    registry.admission.release(used)
     await until(lambda: one not in place.kept)
     assert one not in place.engine.held.values()
 
@@ -140,12 +140,12 @@ async def test_files_stay_until_the_last_version_that_is_read_from_them_ends(pla
     digest = place.write("poet", b"1")
     await registry.load("poet")
     await registry.load("twin", "poet")
-    used = registry.acquire("poet")
+    used = registry.admission.acquire("poet")
     unloading = asyncio.create_task(registry.unload("poet"))
     await until(lambda: not registry.is_loaded("poet"))
     await registry.unload("twin")
     assert place.kept == {digest}, "a running request may have to read it again"
-    registry.release(used)
+    registry.admission.release(used)
     assert (await unloading).disk == len(b"{}") + 1
     assert place.kept == set()
 
@@ -159,10 +159,12 @@ async def test_a_version_that_a_request_and_a_roll_back_want_is_read_once(place:
     registry = place.start()
     await place.reconciler(registry, from_source=False).run_once()
     asked, back = await asyncio.gather(
-        registry.admit(f"poet@{first}"), registry.roll_back("poet"), return_exceptions=True
+        registry.admission.admit(f"poet@{first}"),
+        registry.roll_back("poet"),
+        return_exceptions=True,
     )
     assert isinstance(back, Adapter)
-    assert registry.acquire("poet") is back
+    assert registry.admission.acquire("poet") is back
     assert asked is back or isinstance(asked, AdapterConflict)
     await registry.load("poet", weight=2)
     assert len(place.engine.held) == 2
@@ -191,7 +193,7 @@ async def test_a_version_is_not_brought_back_once_its_name_means_other_content(
 
     monkeypatch.setattr(place.engine, "load_adapter", load_while_the_name_is_given_away)
     with pytest.raises(AdapterConflict, match="was changed by another call"):
-        await registry.admit(f"poet@{first}")
+        await registry.admission.admit(f"poet@{first}")
     (adapter,) = registry.adapters()
     assert set(place.engine.held) == {adapter.key}
 
@@ -233,7 +235,7 @@ async def test_a_refused_adapter_leaves_nothing_and_changes_nothing(place: Place
     place.write("poet", b"bad")
     with pytest.raises(AdapterRejected):
         await registry.load("poet")
-    assert registry.acquire("poet") is first
+    assert registry.admission.acquire("poet") is first
     await until(lambda: place.kept == {good})
 
 
@@ -247,12 +249,12 @@ async def test_looking_at_an_adapter_keeps_nothing_of_it(place: Place) -> None:
 async def test_requests_load_what_the_source_has_once(place: Place) -> None:
     registry = place.start(on_demand=True)
     place.write("poet", b"1")
-    adapters = await asyncio.gather(*(registry.admit("poet") for _ in range(5)))
+    adapters = await asyncio.gather(*(registry.admission.admit("poet") for _ in range(5)))
     assert len(set(map(id, adapters))) == 1
     assert adapters[0].references == 5
     assert place.engine.loads == 1
     with pytest.raises(AdapterNotFound, match=r"'nobody' is not loaded, and .*nobody"):
-        await registry.admit("nobody")
+        await registry.admission.admit("nobody")
 
 
 async def test_what_failed_is_left_alone_for_a_while(place: Place) -> None:
@@ -260,7 +262,7 @@ async def test_what_failed_is_left_alone_for_a_while(place: Place) -> None:
     place.write("poet", b"bad")
     for _ in range(3):
         with pytest.raises(AdapterRejected, match=r"'poet' .* refused: it is bad"):
-            await registry.admit("poet")
+            await registry.admission.admit("poet")
     assert place.engine.loads == 1
     place.write("poet", b"good")
     assert (await registry.load("poet")).name == "poet"  # an operator need not wait
@@ -270,11 +272,11 @@ async def test_what_failed_is_loaded_at_once_after_somebody_has_loaded_it(place:
     registry = place.start(on_demand=True)
     place.write("poet", b"bad")
     with pytest.raises(AdapterRejected):
-        await registry.admit("poet")
+        await registry.admission.admit("poet")
     place.write("poet", b"good")
     await registry.load("poet")
     await registry.unload("poet")
-    assert (await registry.admit("poet")).name == "poet"
+    assert (await registry.admission.admit("poet")).name == "poet"
 
 
 async def test_a_name_that_cannot_be_restored_is_not_replaced_on_demand(place: Place) -> None:
@@ -286,7 +288,7 @@ async def test_a_name_that_cannot_be_restored_is_not_replaced_on_demand(place: P
     overwrite(place.state / "adapters" / kept / WEIGHTS_FILE, b"X")
     registry = place.start(on_demand=True)
     with pytest.raises(AdapterNotFound, match=rf"'poet' .* means the digest {kept[:12]}, which"):
-        await registry.admit("poet")
+        await registry.admission.admit("poet")
     assert place.engine.held == {}
     assert (await registry.load("poet")).info.digest == other
 
@@ -309,7 +311,7 @@ async def test_what_a_failed_load_had_in_hand_is_not_kept(
     monkeypatch.setattr(place.libraries[0].source, "fetch", fetch)
     for _ in range(2):
         with pytest.raises(LoraxError, match="no"):
-            await registry.admit("poet")
+            await registry.admission.admit("poet")
     gc.collect()
     assert [client() for client in clients] == [None]
 
@@ -322,7 +324,7 @@ async def test_a_source_that_is_gone_leaves_what_is_loaded_alone(place: Place) -
     with pytest.raises(SourceFailed) as caught:
         await registry.load("pilot")
     assert caught.value.reason in (SourceReason.NOT_FOUND, SourceReason.UNAVAILABLE)
-    assert registry.acquire("poet").name == "poet"
+    assert registry.admission.acquire("poet").name == "poet"
 
 
 async def test_without_a_library_nothing_is_rolled_back(tmp_path: Path) -> None:
