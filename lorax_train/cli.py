@@ -343,6 +343,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", "device", "", of=c.Device)
     add("--dtype", "dtype", "of the frozen base", of=c.DtypeName)
     add("--quantize", "quantize", "keep the base's linear layers in 4 or 8 bits", of=c.Quantize)
+    add(
+        "--compile",
+        "compile",
+        "norms and gated MLPs through torch.compile: half a minute more at the start",
+        switch=True,
+    )
     add("--log-every", "loop.log_every", "steps between lines without a terminal", type=int)
     return parser
 

@@ -265,6 +265,8 @@ class TrainConfig:
     """Of the frozen base; ``auto`` is bfloat16 where the hardware multiplies it."""
     quantize: Quantize = "none"
     """How the base's linear layers are kept in training (QLoRA, arXiv:2305.14314)."""
+    compile: bool = False
+    """Whether norms and gated MLPs are computed by what torch.compile makes of them."""
     lora: InjectionConfig = field(default_factory=InjectionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -320,7 +322,7 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
     names: set[str] = set()
     directories: dict[Path, str] = {}
     for config in configs:
-        for field_name in ("model", "device", "dtype", "quantize"):
+        for field_name in ("model", "device", "dtype", "quantize", "compile"):
             if getattr(config, field_name) != getattr(first, field_name):
                 raise TrainingError(
                     f"{config.name}: {field_name} must be the same for all adapters that are "

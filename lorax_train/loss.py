@@ -20,6 +20,7 @@ from lorax_train.encode import Example
 from lorax_train.head import head_loss
 from lorax_train.layers import LoRALayer, Routing
 from lorax_train.lean import make_lean
+from lorax_train.lean_ops import PLAIN, LeanOps
 from lorax_train.lora import Span
 
 __all__ = ["CHUNK", "LossFunction", "Objective", "TargetLoss", "cross_entropy", "mean_loss"]
@@ -92,6 +93,7 @@ class TargetLoss:
         example: Example,
         routing: Routing | None = None,
         function: LossFunction = cross_entropy,
+        ops: LeanOps = PLAIN,
     ) -> TargetLoss:
         """Make the model compute no more than is needed, as far as a trial shows that it computes
         the same; to be called before adapters are put into it.
@@ -101,6 +103,7 @@ class TargetLoss:
             example: to try it on.
             routing: of the adapters to come.
             function: of each target's logits and label.
+            ops: what norms and gated MLPs are computed with.
         """
         rows = [example, Example(example.tokens[::-1], example.trained, example.where)]
         plain = collate(rows, 0, padded=True).to(model.device)
@@ -111,7 +114,7 @@ class TargetLoss:
             if hidden is not None and head is not None:
                 found = head(hidden.flatten(0, 1)[plain.before])
                 loss.head_on_targets = torch.equal(found, expected)
-            make_lean(model)
+            make_lean(model, ops)
             loss.padded = not loss._keeps_rows_apart(rows, expected)
         return loss
 

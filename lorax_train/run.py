@@ -25,6 +25,7 @@ from lorax_train.dataset import Dataset, check_files, check_fit, prepare
 from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
 from lorax_train.inject import TrainableLoRA, inject_all, tied_targets
+from lorax_train.lean_ops import PLAIN, compiled_ops
 from lorax_train.loss import TargetLoss
 from lorax_train.objective import choose_function, choose_objective, try_function
 from lorax_train.out_of_memory import is_out_of_memory, out_of_memory
@@ -87,7 +88,7 @@ def train_all(
     checked before the model is loaded.
 
     Args:
-        configs: of each adapter; all have the same model, device, dtype and quantize.
+        configs: of each adapter; all have the same model, device, dtype, quantize and compile.
         console: what is said goes there; default: to stderr.
         dry_run: do everything but the training, and return nothing.
 
@@ -127,7 +128,8 @@ def train_all(
                     check_fit(config, model, examples)
         try_function(first, function, model)
         trial = datasets[0].examples[0].rows[0]
-        loss = TargetLoss.prepare(model, trial, function=function)
+        ops = compiled_ops() if first.compile else PLAIN
+        loss = TargetLoss.prepare(model, trial, function=function, ops=ops)
         adapters = inject_all(
             model,
             [config.lora for config in configs],

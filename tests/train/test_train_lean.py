@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lorax_serve.errors import TrainingError
 from lorax_train.base import load_model
 from lorax_train.lean import LeanMLP, LeanRMSNorm, make_lean
+from lorax_train.lean_ops import compiled_ops
 
 CPU = torch.device("cpu")
 
@@ -50,6 +52,35 @@ def test_outputs_have_the_same_bits_and_gradients_agree(llama: Path, dtype: torc
         assert off < (1e-6 if dtype is torch.float32 else 1e-2)
         assert ours_kept < theirs_kept
     assert [name for name, _ in lean.named_parameters()] == [n for n, _ in plain.named_parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_they_agree(llama: Path, dtype: torch.dtype) -> None:
+    plain = load_model("tiny", llama, dtype, CPU)
+    compiled = copy.deepcopy(plain)
+    assert make_lean(plain) == make_lean(compiled, compiled_ops())
+    for rows in (40, 23):  # of any number
+        start, wanted = torch.randn(2, rows, 32).to(dtype).unbind()
+        for path in ("model.norm", "model.layers.1.mlp"):
+            assert getattr(compiled.get_submodule(path), "ops", None) is compiled_ops()
+            expected, _ = run(plain.get_submodule(path), start, wanted)
+            found, _ = run(compiled.get_submodule(path), start, wanted)
+            off = (found - expected).float().norm() / expected.float().norm()
+            assert off < (1e-6 if dtype is torch.float32 else 1e-2)
+
+
+def test_without_a_compiler_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> object:
+        def call(*args: object) -> None:
+            raise RuntimeError("no g++ here\nand much more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    compiled_ops.cache_clear()
+    with pytest.raises(TrainingError, match=r"--compile: .*needs g\+\+.*no g\+\+ here$"):
+        compiled_ops()
+    compiled_ops.cache_clear()
 
 
 def test_what_computes_something_else_is_left_alone(gemma2: Path, gpt2: Path) -> None:

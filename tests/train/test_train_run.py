@@ -23,6 +23,7 @@ from lorax_train.config import (
     TrainConfig,
 )
 from lorax_train.console import Console
+from lorax_train.lean_ops import PLAIN, compiled_ops
 from lorax_train.run import train
 from lorax_train.training_run import TrainingRun
 
@@ -238,3 +239,17 @@ def test_an_output_that_would_lose_something_is_refused_before_the_data_is_read(
     (tmp_path / "full" / "adapter_config.json").write_text("{}")
     with pytest.raises(TrainingError, match="no-such-rows cannot be read"):
         attempt(tmp_path / "full")
+
+
+def test_compiled_a_run_learns_the_same(
+    llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
+) -> None:
+    config = configure(llama, write_rows(pairs))
+    plain = train(config, silent()).adapter.tensors(torch.float32)
+    output = dataclasses.replace(config.output, overwrite=True)
+    result = train(dataclasses.replace(config, compile=True, output=output), silent())
+    ops = {getattr(module, "ops", None) for module in result.model.modules()}
+    assert compiled_ops() in ops
+    assert PLAIN not in ops
+    for name, tensor in result.adapter.tensors(torch.float32).items():
+        torch.testing.assert_close(tensor, plain[name], rtol=1e-3, atol=1e-5)
