@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from lorax_train.cpu_attention import LONGEST, causal_attention
+
 __all__ = ["BOUNDS", "attend_to_rows", "use_row_attention"]
 
 NAME = "lorax_rows"
@@ -73,15 +75,18 @@ def attend_to_rows(
             return part.transpose(1, 2).reshape(batch * count, heads, length, width)  # noqa: B023
 
         mask = _window(length, sliding_window, query.device)
-        found = F.scaled_dot_product_attention(
-            rows(query),
-            rows(key),
-            rows(value),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
+        if mask is None and _suits_cpu(query, length):
+            found = causal_attention(rows(query), rows(key), rows(value), scaling)
+        else:
+            found = F.scaled_dot_product_attention(
+                rows(query),
+                rows(key),
+                rows(value),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
         parts.append(found.transpose(1, 2).reshape(len(query), count * length, *found.shape[1::2]))
         start = stop
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
@@ -113,6 +118,11 @@ def _no_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> 
     """What transformers makes masks with, which are made by ``attend_to_rows`` here."""
     if attention_mask is not None and not bool(attention_mask.all()):
         raise ValueError("attention over rows takes no padding: give row_bounds instead")
+
+
+def _suits_cpu(query: torch.Tensor, length: int) -> bool:
+    """Whether there is something faster than the fused kernel, which is good in float32."""
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and length <= LONGEST
 
 
 def _window(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
