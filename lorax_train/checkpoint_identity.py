@@ -21,6 +21,7 @@ _LEFT_OUT = {
     "model",
     "device",
     "dtype",
+    "fsdp",
     "name",
     "command",
     "data.train",

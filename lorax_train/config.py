@@ -265,6 +265,8 @@ class TrainConfig:
     """Of the frozen base; ``auto`` is bfloat16 where the hardware multiplies it."""
     quantize: Quantize = "none"
     """How the base's linear layers are kept in training (QLoRA, arXiv:2305.14314)."""
+    fsdp: bool = False
+    """Keep the base's decoder layers in pieces, one in each of several processes."""
     lora: InjectionConfig = field(default_factory=InjectionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -278,6 +280,11 @@ class TrainConfig:
         _one_of("--device", self.device, get_args(Device))
         _one_of("--dtype", self.dtype, get_args(DtypeName))
         _one_of("--quantize", self.quantize, get_args(Quantize))
+        if self.fsdp and self.quantize != "none":
+            raise TrainingError(
+                "--fsdp and --quantize exclude each other: a quantised base stays whole in each "
+                "process; give one of them"
+            )
         held_out = self.data.eval_file is not None or self.data.eval_split
         for flag, value in (
             ("--eval-every", self.loop.eval_every),
@@ -320,7 +327,7 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
     names: set[str] = set()
     directories: dict[Path, str] = {}
     for config in configs:
-        for field_name in ("model", "device", "dtype", "quantize"):
+        for field_name in ("model", "device", "dtype", "quantize", "fsdp"):
             if getattr(config, field_name) != getattr(first, field_name):
                 raise TrainingError(
                     f"{config.name}: {field_name} must be the same for all adapters that are "
