@@ -114,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with terminations_interrupt(), join_processes() as processes:
                 speaks = True  # from here on, whoever fails first
                 if not processes.is_first:
-                    hf_logging.set_verbosity_error()
+                    silence: Callable[[], None] = hf_logging.set_verbosity_error
+                    silence()
                     warnings.simplefilter("ignore")
                 results = train_all(command.configs, dry_run=command.dry_run, processes=processes)
         except OtherProcessFailed:

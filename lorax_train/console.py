@@ -99,7 +99,7 @@ class Console(TrainingListener):
             self._bar = None
 
 
-class Nowhere(io.TextIOBase, TextIO):  # type: ignore[misc]
+class Nowhere(io.StringIO):
     """A stream for what is said already by another process."""
 
     def write(self, text: str) -> int:

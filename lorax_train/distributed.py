@@ -138,7 +138,7 @@ class _Group(Processes):
         parts = [_gradient(parameter).flatten() for parameter in parameters]
         flat = torch.cat([there, *parts])
         dist.all_reduce(flat)
-        there, *parts = flat.split([len(there), *map(len, parts)])
+        there, *parts = torch.split(flat, [len(there), *map(len, parts)])
         for parameter, count, part in zip(parameters, there.tolist(), parts, strict=True):
             if count:
                 parameter.grad = _gradient(parameter).copy_(part.view(parameter.shape))
@@ -214,7 +214,7 @@ def join_processes() -> Iterator[Processes]:
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=dist.PrefixStore("lorax-train", store),
+        store=store,
         rank=rank,
         world_size=world,
         timeout=_TIMEOUT,

@@ -30,8 +30,8 @@ def interrupts_held() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    for number in pending[:1]:
-        handlers[signal.Signals(number)](number, None)
+    for each in pending[:1]:
+        handlers[signal.Signals(each)](each, None)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def test_held_out_losses_are_measured_without_dropout(
     batch = collate(examples, tokenizer.pad_id)
     loss = TargetLoss(result.model, head_on_targets=False)
     result.adapter.train(False)
-    without = summed_loss(loss, [batch])[0]
+    without, targets = summed_loss(loss, [batch])
     result.adapter.train(True)
     assert summed_loss(loss, [batch])[0] != pytest.approx(without, abs=1e-3)
-    assert result.record.eval_losses[-1] == pytest.approx(without, abs=1e-5)
+    assert result.record.eval_losses[-1] == pytest.approx(without / targets, abs=1e-5)
