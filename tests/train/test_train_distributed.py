@@ -7,17 +7,19 @@ import io
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lorax_serve.errors import TrainingError
+from lorax_train.cli import main
 from lorax_train.config import (
     DataConfig,
     InjectionConfig,
@@ -41,18 +43,37 @@ PAIRS = [
 ]
 
 
-def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a module in two processes."""
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *("--standalone", "--nproc-per-node", "2", "-m", *arguments),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
+class Ended(NamedTuple):
+    """How a process ended: its status, and what it said."""
+
+    status: int
+    said: str
+
+
+class Start(Protocol):
+    def __call__(self, *commands: Sequence[str], **environment: str) -> list[Ended]:
+        """Run command lines together, each in a process of one training."""
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Start]:
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.train.distributing"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        check=False,
-    )
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        to, back = server.stdin, server.stdout
+
+        def run(*commands: Sequence[str], **environment: str) -> list[Ended]:
+            print(json.dumps([commands, environment]), file=to, flush=True)
+            return [Ended(*each) for each in json.loads(back.readline())]
+
+        yield run
+        to.close()
 
 
 def rows_in(directory: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") -> Path:
@@ -148,7 +169,7 @@ class Stopping(Console):
 
 @pytest.fixture(scope="module")
 def outcomes(
-    tmp_path_factory: pytest.TempPathFactory, llama: Path, gpt2: Path
+    tmp_path_factory: pytest.TempPathFactory, llama: Path, gpt2: Path, start: Start
 ) -> tuple[dict[str, Outcome], list[dict[str, Outcome]]]:
     """Of one process, and of each of two."""
     root = tmp_path_factory.mktemp("distributed")
@@ -163,8 +184,8 @@ def outcomes(
     assert train(two["resumed"][0], Stopping(2)).record.steps == 2
     jobs = root / "jobs"
     jobs.write_bytes(pickle.dumps(list(two.values())))
-    done = start("tests.train.distributing", str(jobs))
-    assert done.returncode == 0, done.stderr
+    for ended in start(*[["configs", str(jobs)]] * 2):
+        assert ended.status == 0, ended.said
     found = [pickle.loads((root / f"jobs.{rank}").read_bytes()) for rank in range(2)]
     return one, [
         {name: Outcome(**fields) for name, fields in zip(two, each, strict=True)} for each in found
@@ -246,7 +267,8 @@ def tricked(tmp_path: Path, llama: Path) -> Callable[..., list[str]]:
 
     def command(out: str = "out", *more: str) -> list[str]:
         return [
-            *("--model", str(llama), "--data", str(rows), "--out", str(tmp_path / out)),
+            *("lorax_train", "--model", str(llama), "--data", str(rows)),
+            *("--out", str(tmp_path / out)),
             *("--device", "cpu", "--dtype", "float32", "--lr", "1e-2", "--eval-split", "0.25"),
             *("--batch-size", "4", "--max-steps", "20", "--log-every", "1", "--no-report"),
             *("--loss", f"{tmp_path / 'tricks.py'}:loss", *more),
@@ -266,88 +288,80 @@ def steps_of(directory: Path) -> list[int]:
 
 
 def test_what_is_killed_or_terminated_goes_on_in_any_number_of_processes(
-    tricked: Callable[..., list[str]], tmp_path: Path
+    tricked: Callable[..., list[str]], tmp_path: Path, start: Start
 ) -> None:
-    from lorax_train.cli import main
-
     flags = ("--save-every", "2", "--resume")
-    killed = start("lorax_train", *tricked("out", *flags), TRICK="kill")
-    assert killed.returncode != 0
-    assert killed.stderr.count("lorax-train: error: process 0 of 2 has lost another one") == 1
-    assert "Traceback" not in killed.stderr.split("E1")[0]
+    first, second = start(*[tricked("out", *flags)] * 2, TRICK="kill")
+    assert (first.status, second.status) == (2, -signal.SIGKILL)
+    assert first.said.count("lorax-train: error: process 0 of 2 has lost another one") == 1
+    assert "Traceback" not in first.said
     before = steps_of(tmp_path / "out")[-1]
     assert 2 <= before < 20
-    ended = start("lorax_train", *tricked("out", *flags), TRICK="term")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    ended = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", "-m", *tricked("out", *flags)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TRICK": "term"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode != 0
     assert f"resume     after step {before - before % 2}" in ended.stderr
     assert ended.stderr.count("out of memory; going on with batches of 2 rows") == 1
     assert ended.stderr.count("interrupted; saved what there is:") == 1
     assert ended.stderr.count("--resume goes on from it") == 1
     assert before < steps_of(tmp_path / "out")[-1] < 20
-    assert main(tricked("out", *flags)) == 0
-    assert main(tricked("whole")) == 0
+    assert main(tricked("out", *flags)[1:]) == 0
+    assert main(tricked("whole")[1:]) == 0
     theirs = weights_in(tmp_path / "whole")
     for key, tensor in weights_in(tmp_path / "out").items():
         torch.testing.assert_close(tensor, theirs[key], atol=2e-3, rtol=1e-2)
 
 
 def test_an_error_of_one_process_ends_all_with_one_message(
-    tricked: Callable[..., list[str]], tmp_path: Path
+    tricked: Callable[..., list[str]], tmp_path: Path, start: Start
 ) -> None:
-    failed = start("lorax_train", *tricked(), TRICK="raise")
-    assert failed.returncode != 0
-    assert failed.stderr.count("a loss that fails") >= 1
-    assert "lost another one" not in failed.stderr
+    first, second = start(*[tricked()] * 2, TRICK="raise")
+    assert (first.status, second.status) == (2, 1)
+    assert "ValueError: a loss that fails" in second.said
+    assert "lorax-train: error" not in first.said
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def test_a_full_disk_ends_all_with_one_message(
-    tricked: Callable[..., list[str]], tmp_path: Path
+    tricked: Callable[..., list[str]], tmp_path: Path, start: Start
 ) -> None:
-    failed = start("lorax_train", *tricked(), TRICK="disk")
-    assert failed.returncode != 0
-    assert failed.stderr.count("lorax-train: error:") == 1
-    assert f"--out {tmp_path / 'out'} cannot be written" in failed.stderr
+    first, second = start(*[tricked()] * 2, TRICK="disk")
+    assert (first.status, second.status) == (2, 2)
+    assert first.said.count("lorax-train: error:") == 1
+    assert f"--out {tmp_path / 'out'} cannot be written" in first.said
+    assert not second.said
 
 
 def test_other_rows_in_another_process_are_refused(
-    tricked: Callable[..., list[str]], tmp_path: Path
+    tricked: Callable[..., list[str]], tmp_path: Path, start: Start
 ) -> None:
-    """Each process has a working directory of its own, as on machines of their own."""
-    rows_in(tmp_path, ROWS[:-1], "rows.1.jsonl")
-    script = tmp_path / "apart.py"
-    script.write_text(
-        "import os, sys\n"
-        "from lorax_train.cli import main\n"
-        "at = sys.argv.index('--data') + 1\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    sys.argv[at] = sys.argv[at].replace('.jsonl', '.1.jsonl')\n"
-        "sys.exit(main())\n"
-    )
-    failed = start("runpy", str(script), *tricked(), PYTHONPATH=os.pathsep.join(sys.path))
-    assert failed.returncode != 0
-    assert failed.stderr.count("lorax-train: error:") == 1
-    assert "processes 0 and 1 are to train different things: --data has other rows" in (
-        failed.stderr
-    )
+    rows = rows_in(tmp_path, ROWS[:-1], "other.jsonl")
+    ended = start(tricked(), tricked("out", "--data", str(rows)))
+    assert [each.status for each in ended] == [2, 2]
+    said = "".join(each.said for each in ended)
+    assert said.count("lorax-train: error:") == 1
+    assert "processes 0 and 1 are to train different things: --data has other rows" in said
+
+
+def test_a_wrong_flag_is_said_once(tricked: Callable[..., list[str]], start: Start) -> None:
+    first, second = start(*[tricked("out", "--epoch", "3")] * 2)
+    assert (first.status, second.status) == (2, 2)
+    assert first.said.count("lorax-train: error:") == 1
+    assert not second.said
 
 
 def test_one_process_of_torchrun_does_as_one_without(
-    tricked: Callable[..., list[str]], tmp_path: Path
+    tricked: Callable[..., list[str]], tmp_path: Path, start: Start
 ) -> None:
-    from lorax_train.cli import main
-
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "lorax_train"),
-            *tricked("torchrun", "--fsdp"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert main(tricked("alone")) == 0
+    (done,) = start(tricked("torchrun", "--fsdp"))
+    assert done.status == 0, done.said
+    assert main(tricked("alone")[1:]) == 0
     theirs = weights_in(tmp_path / "alone")
     for key, tensor in weights_in(tmp_path / "torchrun").items():
         torch.testing.assert_close(tensor, theirs[key])
@@ -356,11 +370,9 @@ def test_one_process_of_torchrun_does_as_one_without(
 def test_pieces_need_processes_and_a_dense_base(
     tricked: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lorax_train.cli import main
-
-    assert main(tricked("out", "--fsdp")) == 2
+    assert main(tricked("out", "--fsdp")[1:]) == 2
     assert "start them with torchrun" in capsys.readouterr().err
-    assert main(tricked("out", "--fsdp", "--quantize", "int8")) == 2
+    assert main(tricked("out", "--fsdp", "--quantize", "int8")[1:]) == 2
     assert "--fsdp and --quantize exclude each other" in capsys.readouterr().err
 
 
@@ -377,7 +389,7 @@ def test_rows_are_dealt_by_their_tokens() -> None:
         [[len(row.tokens) for batch in batches for row in batch] for batches in part]
         for part in dealt
     ]
-    assert lengths == [[[2, 9], [], []], [[3, 4, 5], [7], []]]
+    assert lengths == [[[9, 3], [], []], [[2, 4, 5], [7], []]]
 
 
 def test_a_process_alone_needs_nobody() -> None:
