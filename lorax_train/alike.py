@@ -59,7 +59,7 @@ def check_same_task(
         found = [] if len(other) == len(first) else ["the number of adapters"]
         for config, here, there in zip(configs, first, other, strict=False):
             of = f"{config.name}: " if config.name else ""
-            found += [f"{of}{each}" for each in differences(here, there)]
+            found += [f"{of}{each}" for each in differences(here, there, "{} is {} and {}")]
         if found:
             paths = dict.fromkeys(str(config.data.train) for config in configs)
             raise TrainingError(

@@ -219,9 +219,11 @@ def join_processes() -> Iterator[Processes]:
         world_size=world,
         timeout=_TIMEOUT,
     )
+    group = _Group(rank, world, int(os.environ.get("LOCAL_RANK", "0")))
     well = False
     try:
-        yield _Group(rank, world, int(os.environ.get("LOCAL_RANK", "0")))
+        yield group
+        group.total([])  # so that nobody takes an early end for a loss
         well = True
     except BaseException as error:
         if isinstance(error, OtherProcessFailed) or not _fails_first(store, rank):
@@ -229,9 +231,9 @@ def join_processes() -> Iterator[Processes]:
             raise OtherProcessFailed("another process has failed") from error
         if _is_of_connection(error):
             raise TrainingError(
-                f"process {rank} of {world} has lost another one, which was killed, or its machine "
-                "is gone (on a CPU, the system kills what takes too much memory); start again, "
-                "with --resume if there are checkpoints"
+                f"process {rank} of {world} has lost another one ({str(error).splitlines()[0]}): "
+                "it was killed, or its machine is gone (on a CPU, the system kills what takes too "
+                "much memory); start again, with --resume if there are checkpoints"
             ) from error
         if rank and isinstance(error, LoraxError):
             raise TrainingError(f"process {rank} of {world}: {error}") from error

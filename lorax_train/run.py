@@ -137,7 +137,8 @@ def train_all(
     check_same_task(processes, configs, datasets, fingerprint or first.model, dtype)
     checkpoints = None
     if processes.is_first:
-        checkpoints = Checkpoints(configs, datasets, fingerprint or first.model, dtype, console)
+        identified = fingerprint or first.model
+        checkpoints = Checkpoints(configs, datasets, identified, dtype, console, processes.world)
     with _out_of_memory_explained():
         # Whole on the CPU, where it is to be in pieces on the device.
         place = torch.device("cpu") if first.fsdp else device
@@ -188,7 +189,9 @@ def train_all(
         for config, run, data in zip(configs, runs, datasets, strict=True):
             show_plan(console, config, run, base_parameters, dtype)
             show_example(console, run.examples[0], data.tokenizer)
-        need = estimate(model, runs, loss)
+        if processes.world > 1:
+            console.line(f"processes  {processes.world}, which share the rows of each step")
+        need = estimate(model, runs, loss, processes.world)
         show_memory(console, need, available_memory(device), device.type)
         if not loss.head_on_targets:
             console.warn("this model's logits are not its head's alone, so all are computed: slow")

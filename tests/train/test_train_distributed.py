@@ -225,6 +225,13 @@ def test_two_processes_learn_what_one_learns(name: str, outcomes: Any) -> None:
     assert not second.said
 
 
+def test_that_other_processes_go_on_is_said(outcomes: Any) -> None:
+    said = outcomes[1][0]["resumed"].said
+    assert "not with the same bits: processes was 1 and is 2" in said
+    assert "resume     after step 2" in said
+    assert "processes  2, which share the rows of each step" in said
+
+
 def test_the_layers_of_a_base_in_pieces_are_shared_out(outcomes: Any) -> None:
     for name, first in outcomes[1][0].items():
         own = [each[name].sharded[0] for each in outcomes[1]]
@@ -347,6 +354,9 @@ def test_other_rows_in_another_process_are_refused(
     said = "".join(each.said for each in ended)
     assert said.count("lorax-train: error:") == 1
     assert "processes 0 and 1 are to train different things: --data has other rows" in said
+    ended = start(tricked(), tricked("out", "--lr", "0.5"))
+    said = "".join(each.said for each in ended)
+    assert "different things: --lr is 0.01 and 0.5. Give all of them the same flags" in said
 
 
 def test_a_wrong_flag_is_said_once(tricked: Callable[..., list[str]], start: Start) -> None:
