@@ -146,13 +146,14 @@ def _kept_for_backward(model: PreTrainedModel, loss: TargetLoss, tokens: tuple[i
     """
     storages: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage  # kept alive, so that no address comes twice
-        return tensor
+        # And nothing for the graph: a tensor would keep it alive for ever, with all weights, as
+        # the graph would keep the tensor.
 
     row = loss.collate([Example(tokens, (False, *[True] * (len(tokens) - 1)), "")], 0)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         out = loss.hidden(row) if loss.head_on_targets else loss.logits(row)
     del out
     return sum(storage.nbytes() for storage in storages.values())
