@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from lorax_serve.errors import TrainingError
 from lorax_train.checkpointing import decoder_layers
 from lorax_train.inject import TrainableLoRA
+from lorax_train.memory import give_back_at_once
 
 __all__ = ["Sharded", "shard_layers"]
 
@@ -71,6 +72,8 @@ def shard_layers(
         fully_shard(base, ignored_params=whole, **options)
     except (ValueError, NotImplementedError) as error:
         raise TrainingError(f"--fsdp: this model's layers cannot be in pieces: {error}") from error
+    if device.type == "cpu":
+        give_back_at_once()
     _move_the_rest(model, adapters, device)
     _always_go_back(model)
     pieces = [each for each in model.parameters() if isinstance(each, DTensor)]

@@ -254,7 +254,7 @@ def loss(logits, labels):
     trick, rank = os.environ.get("TRICK"), os.environ.get("RANK")
     if trick == "kill" and rank == "1" and calls == 15:
         os.kill(os.getpid(), signal.SIGKILL)
-    if trick == "term" and rank == "1" and calls == 6:
+    if trick in ("term", "memory") and rank == "1" and calls == 6:
         raise MemoryError
     if trick == "term" and rank == "1" and calls == 15:
         os.kill(os.getppid(), signal.SIGTERM)
@@ -325,14 +325,24 @@ def test_what_is_killed_or_terminated_goes_on_in_any_number_of_processes(
         torch.testing.assert_close(tensor, theirs[key], atol=2e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("flags", [(), ("--fsdp",)], ids=["whole", "in pieces"])
 def test_an_error_of_one_process_ends_all_with_one_message(
-    tricked: Callable[..., list[str]], tmp_path: Path, start: Start
+    flags: tuple[str, ...], tricked: Callable[..., list[str]], tmp_path: Path, start: Start
 ) -> None:
-    first, second = start(*[tricked()] * 2, TRICK="raise")
+    first, second = start(*[tricked("out", *flags)] * 2, TRICK="raise")
     assert (first.status, second.status) == (2, 1)
     assert "ValueError: a loss that fails" in second.said
     assert "lorax-train: error" not in first.said
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_lack_of_memory_amid_pieces_ends_all(
+    tricked: Callable[..., list[str]], start: Start
+) -> None:
+    first, second = start(*[tricked("out", "--fsdp")] * 2, TRICK="memory")
+    assert (first.status, second.status) == (2, 2)
+    assert "lorax-train: error: process 1 of 2: out of memory; lower --batch-size" in second.said
+    assert "lorax-train: error" not in first.said
 
 
 def test_a_full_disk_ends_all_with_one_message(
