@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from lorax_serve.errors import TrainingError
+from lorax_train.alike import check_alike
+from lorax_train.base import load_model
 from lorax_train.cli import main
 from lorax_train.config import (
     DataConfig,
@@ -33,7 +35,9 @@ from lorax_train.console import Console
 from lorax_train.dealing import deal
 from lorax_train.distributed import Processes
 from lorax_train.encode import Example
+from lorax_train.inject import inject
 from lorax_train.run import train, train_all
+from lorax_train.training_run import TrainingRun
 from tests.train.distributing import Outcome, outcome_of
 
 ROWS = [{"prompt": f"{'ab' * (i % 5)}{i}:", "completion": f" {i * i}"} for i in range(16)]
@@ -137,7 +141,8 @@ class Cases:
         fsdp: bool = False,
     ) -> TrainConfig:
         self.where = self.where.with_name(self.where.name + "+")  # another one each time
-        data = DataConfig(self.pairs if objective else self.rows, eval_split=0.25)
+        cache = self.root / f"cache of {self.where.name}" if fsdp else None
+        data = DataConfig(self.pairs if objective else self.rows, eval_split=0.25, cache=cache)
         resumed = name == "resumed"
         return TrainConfig(
             data,
@@ -239,7 +244,9 @@ def test_the_layers_of_a_base_in_pieces_are_shared_out(outcomes: Any) -> None:
         assert bool(whole) == name.startswith("in pieces")
         assert sum(own) == whole
         assert max(own) <= 0.51 * whole
-    assert "sharded    the " in outcomes[1][0]["in pieces"].said
+    said = outcomes[1][0]["in pieces"].said
+    assert "sharded    the " in said
+    assert "probe      " in said
 
 
 TRICKS = """
@@ -410,6 +417,28 @@ def test_rows_are_dealt_by_their_tokens() -> None:
         for part in dealt
     ]
     assert lengths == [[[9, 3], [], []], [[2, 4, 5], [7], []]]
+
+
+def test_processes_that_come_apart_are_an_error(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model("tiny", llama, torch.float32, torch.device("cpu"))
+    adapter = inject(model, InjectionConfig(r=2), "tiny", seed=0)
+    run = TrainingRun(adapter, [example(5)], [], OptimizerConfig(), LoopConfig())
+    processes = Processes()
+    monkeypatch.setattr(processes, "world", 2)
+    digests: list[str] = []
+
+    def gather(value: str) -> list[str]:
+        digests.append(value)
+        return [digests[0], value]
+
+    monkeypatch.setattr(processes, "gather", gather)
+    check_alike(processes, [run])
+    with torch.no_grad():
+        run.parameters[-1][0, 0] += 1e-7
+    with pytest.raises(TrainingError, match="process 1 has other values of A and B than process 0"):
+        check_alike(processes, [run])
 
 
 def test_a_process_alone_needs_nobody() -> None:
