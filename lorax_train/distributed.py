@@ -35,6 +35,7 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # read files from a slow disk, or pull its image, while the others wait.
 _TIMEOUT = timedelta(hours=1)
 # torchrun ends all processes when it sees one end: let that be the one that has something to say.
+# And what it leaves for the others must be there while they look.
 _GRACE = 1.0
 _FAILED = "failed"
 
@@ -242,14 +243,16 @@ def join_processes() -> Iterator[Processes]:
         # NCCL would wait for what the others will never send; the end of the process frees it.
         if well or not cuda:
             dist.destroy_process_group()
+        if not well and not rank:
+            time.sleep(_GRACE)  # the first process may hold the store that the others are to read
 
 
 def _fails_first(store: Any, rank: int) -> bool:
     """Whether no other process has said that it fails; this one has then."""
     try:
         return bool(store.compare_set(_FAILED, "", str(rank)) == str(rank).encode())
-    except RuntimeError:  # who holds the store is gone: if it failed, it has said so
-        return False
+    except RuntimeError:  # who holds the store was killed, and has said nothing
+        return True
 
 
 def _is_of_connection(error: BaseException) -> bool:

@@ -258,14 +258,14 @@ calls = 0
 def loss(logits, labels):
     global calls
     calls += 1
-    trick, rank = os.environ.get("TRICK"), os.environ.get("RANK")
-    if trick == "kill" and rank == "1" and calls == 15:
+    trick, rank, at = (os.environ.get(name) for name in ("TRICK", "RANK", "AT"))
+    if trick == "kill" and rank == at and calls == 15:
         os.kill(os.getpid(), signal.SIGKILL)
     if trick in ("term", "memory") and rank == "1" and calls == 6:
         raise MemoryError
     if trick == "term" and rank == "1" and calls == 15:
         os.kill(os.getppid(), signal.SIGTERM)
-    if trick == "raise" and rank == "1" and calls == 9:
+    if trick == "raise" and rank == at and calls == 9:
         raise ValueError("a loss that fails")
     if trick == "disk" and rank == "0" and calls == 9:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -305,7 +305,7 @@ def test_what_is_killed_or_terminated_goes_on_in_any_number_of_processes(
     tricked: Callable[..., list[str]], tmp_path: Path, start: Start
 ) -> None:
     flags = ("--save-every", "2", "--resume")
-    first, second = start(*[tricked("out", *flags)] * 2, TRICK="kill")
+    first, second = start(*[tricked("out", *flags)] * 2, TRICK="kill", AT="1")
     assert (first.status, second.status) == (2, -signal.SIGKILL)
     assert first.said.count("lorax-train: error: process 0 of 2 has lost another one") == 1
     assert "Traceback" not in first.said
@@ -332,14 +332,26 @@ def test_what_is_killed_or_terminated_goes_on_in_any_number_of_processes(
         torch.testing.assert_close(tensor, theirs[key], atol=2e-3, rtol=1e-2)
 
 
-@pytest.mark.parametrize("flags", [(), ("--fsdp",)], ids=["whole", "in pieces"])
-def test_an_error_of_one_process_ends_all_with_one_message(
-    flags: tuple[str, ...], tricked: Callable[..., list[str]], tmp_path: Path, start: Start
+def test_that_the_first_process_was_killed_is_said_by_another(
+    tricked: Callable[..., list[str]], start: Start
 ) -> None:
-    first, second = start(*[tricked("out", *flags)] * 2, TRICK="raise")
-    assert (first.status, second.status) == (2, 1)
-    assert "ValueError: a loss that fails" in second.said
-    assert "lorax-train: error" not in first.said
+    first, second = start(*[tricked()] * 2, TRICK="kill", AT="0")
+    assert (first.status, second.status) == (-signal.SIGKILL, 2)
+    assert "lorax-train: error: process 1 of 2 has lost another one" in second.said
+
+
+@pytest.mark.parametrize(("at", "flags"), [(0, ()), (1, ()), (1, ("--fsdp",))])
+def test_an_error_of_one_process_ends_all_with_one_message(
+    at: int,
+    flags: tuple[str, ...],
+    tricked: Callable[..., list[str]],
+    tmp_path: Path,
+    start: Start,
+) -> None:
+    ended = start(*[tricked("out", *flags)] * 2, TRICK="raise", AT=str(at))
+    assert [ended[at].status, ended[1 - at].status] == [1, 2]
+    assert "ValueError: a loss that fails" in ended[at].said
+    assert "lorax-train: error" not in ended[1 - at].said
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
