@@ -406,6 +406,20 @@ def test_one_process_of_torchrun_does_as_one_without(
         torch.testing.assert_close(tensor, theirs[key])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [(), ("--fsdp",), ("--fsdp", "--checkpointing")])
+def test_cuda_learns_the_same_in_processes(
+    flags: tuple[str, ...], tricked: Callable[..., list[str]], tmp_path: Path, start: Start
+) -> None:
+    processes = min(2, torch.cuda.device_count())
+    ended = start(*[tricked("together", "--device", "cuda", *flags)] * processes)
+    assert [each.status for each in ended] == [0] * processes, ended
+    assert main(tricked("alone", "--device", "cuda")[1:]) == 0
+    theirs = weights_in(tmp_path / "alone")
+    for key, tensor in weights_in(tmp_path / "together").items():
+        torch.testing.assert_close(tensor, theirs[key], atol=2e-3, rtol=1e-2)
+
+
 def test_pieces_need_processes_and_a_dense_base(
     tricked: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
