@@ -233,8 +233,9 @@ def join_processes() -> Iterator[Processes]:
         if _is_of_connection(error):
             raise TrainingError(
                 f"process {rank} of {world} has lost another one ({str(error).splitlines()[0]}): "
-                "it was killed (on a CPU, the system kills what takes too much memory), its machine "
-                "is gone, or the network fails; start again, with --resume if there are checkpoints"
+                "it was killed (on a CPU, the system kills what takes too much memory), its "
+                "machine is gone, or the network fails; start again, with --resume if there are "
+                "checkpoints"
             ) from error
         if rank and isinstance(error, LoraxError):
             raise TrainingError(f"process {rank} of {world}: {error}") from error
