@@ -107,11 +107,15 @@ def _stop_ids(directory: Path) -> frozenset[int]:
     return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
 
-def choose_device(name: Device) -> torch.device:
+def choose_device(name: Device, local_rank: int | None = None) -> torch.device:
     """The device that ``--device`` means here.
 
+    Args:
+        name: the flag's value.
+        local_rank: the number of this process on its machine, if each has a device of its own.
+
     Raises:
-        TrainingError: when cuda is asked for and there is none.
+        TrainingError: when cuda is asked for and there is none, or not one for each process.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -119,7 +123,18 @@ def choose_device(name: Device) -> torch.device:
             "--device cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA "
             "build of torch"
         )
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    if local_rank is None:
+        return torch.device("cuda")
+    devices = torch.cuda.device_count()
+    if local_rank >= devices:
+        raise TrainingError(
+            f"there are {devices} CUDA devices here, and more processes; start one for each "
+            f"(--nproc-per-node {devices}), or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:

@@ -46,6 +46,7 @@ class Checkpoints(TrainingListener):
         model: identifies the base's weights.
         dtype: of the base.
         console: what is said goes there.
+        processes: how many train together; the first one has this.
 
     Raises:
         TrainingError: a checkpoint is there and it is not said what to do with it; or the one to go
@@ -59,10 +60,12 @@ class Checkpoints(TrainingListener):
         model: str,
         dtype: torch.dtype,
         console: Console,
+        processes: int = 1,
     ) -> None:
         output = configs[0].output
         self.root = output.directory / CHECKPOINTS
         self.console = console
+        self._processes = processes
         self._every = configs[0].loop.save_every
         self._keep = output.keep_checkpoints
         self._resuming = output.resume is not False
@@ -126,7 +129,7 @@ class Checkpoints(TrainingListener):
         step = _step(runs)
         if step in self._written:
             return
-        state = _environment(runs[0]) | {
+        state = _environment(runs[0], self._processes) | {
             "format": _FORMAT,
             "producer": f"lorax-train {__version__}",
             "step": step,
@@ -197,9 +200,10 @@ class Checkpoints(TrainingListener):
                 f"--resume: {path} is of another training: {'; '.join(found)}. Give "
                 "what it was begun with, or leave out --resume and add --overwrite to begin anew"
             )
-        now = _environment(None)
+        now = _environment(None, self._processes)
+        earlier = {"processes": 1, **state}  # older checkpoints do not say
         other = [
-            f"{key} was {state[key]} and is {now[key]}" for key in now if now[key] != state[key]
+            f"{key} was {earlier[key]} and is {now[key]}" for key in now if now[key] != earlier[key]
         ]
         if other:
             self.console.warn(f"going on, but not with the same bits: {'; '.join(other)}")
@@ -209,9 +213,13 @@ def _step(runs: Sequence[TrainingRun]) -> int:
     return max(run.record.steps for run in runs)
 
 
-def _environment(run: TrainingRun | None) -> dict[str, Any]:
+def _environment(run: TrainingRun | None, processes: int) -> dict[str, Any]:
     """What the order of additions depends on, beside what is computed."""
-    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+    }
     if run is not None:
         found["device"] = run.parameters[0].device.type
     return found

@@ -21,6 +21,7 @@ _LEFT_OUT = {
     "model",
     "device",
     "dtype",
+    "fsdp",
     "name",
     "command",
     "data.train",
@@ -65,10 +66,17 @@ def identity(config: TrainConfig, data: Dataset, model: str, dtype: str) -> dict
     return result
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What has changed, for people; empty if nothing has."""
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], words: str = "{} was {} and is {}"
+) -> list[str]:
+    """What has changed, for people; empty if nothing has.
+
+    Args:
+        before, now: from ``identity``.
+        words: with places for the flag and its two values.
+    """
     return [
-        _CHANGED.get(flag) or f"{flag} was {_said(before.get(flag))} and is {_said(now.get(flag))}"
+        _CHANGED.get(flag) or words.format(flag, _said(before.get(flag)), _said(now.get(flag)))
         for flag in dict.fromkeys([*now, *before])
         if before.get(flag) != now.get(flag)
     ]

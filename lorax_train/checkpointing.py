@@ -17,7 +17,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lorax_serve.errors import TrainingError
 from lorax_train.layers import Routing
 
-__all__ = ["checkpoint_layers"]
+__all__ = ["checkpoint_layers", "decoder_layers"]
+
+
+def decoder_layers(model: PreTrainedModel, flag: str) -> list[GradientCheckpointingLayer]:
+    """The model's layers, each computed once in a forward pass.
+
+    Args:
+        model: one of transformers'.
+        flag: that needs them, for the message.
+
+    Raises:
+        TrainingError: when the model does not mark its layers.
+    """
+    layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    if not layers:
+        raise TrainingError(
+            f"{flag}: this model does not say what its layers are; leave it out, and lower "
+            "--batch-size instead if memory is short"
+        )
+    return layers
 
 
 def checkpoint_layers(model: PreTrainedModel, routing: Routing) -> int:
@@ -28,12 +47,7 @@ def checkpoint_layers(model: PreTrainedModel, routing: Routing) -> int:
     Raises:
         TrainingError: when the model does not mark its layers.
     """
-    layers = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
-    if not layers:
-        raise TrainingError(
-            "--checkpointing: this model does not say what its layers are; leave it out, and lower "
-            "--batch-size instead if memory is short"
-        )
+    layers = decoder_layers(model, "--checkpointing")
     for layer in layers:
         _wrap(layer, routing)
     return len(layers)

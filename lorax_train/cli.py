@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from lorax_serve.errors import LoraxError, TrainingError
 from lorax_train import config as c
 from lorax_train.commands import COMMANDS, run_command
 from lorax_train.config_file import ADAPTERS, ConfigFile, dump, read_config
+from lorax_train.interrupts import terminations_interrupt
 
 __all__ = ["Command", "main", "parse", "read_command"]
 
+_FAILED = 2
 _INTERRUPTED = 130
 
 # Flags' values by "part.field" of TrainConfig; what the user gives wins over them.
@@ -81,32 +84,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        0 when the adapters are saved, 2 after an error of use (one line on stderr), 130 after
-        Ctrl-C, which saves what was learned. Of a subcommand, what
+        0 when the adapters are saved, 2 after an error of use (one line on stderr, of all
+        processes), 130 after Ctrl-C or SIGTERM, which save what was learned. Of a subcommand, what
         ``run_command`` returns.
     """
     given = sys.argv[1:] if argv is None else argv
+    # Of several processes on a machine, one speaks: all of them are told the same.
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     if given and given[0] in COMMANDS:
         _let_idle_threads_sleep()
         return run_command(given)
     try:
         command = read_command(argv)
         if command.print_config:
+            if not speaks:
+                return 0
             print(dump([_flags_of(config) for config in command.configs]), end="")
             return 0
         _let_idle_threads_sleep()
         # Heavy imports only now, so that --help and a wrong flag answer at once.
         from transformers.utils import logging as hf_logging
 
+        from lorax_train.distributed import OtherProcessFailed, join_processes
         from lorax_train.run import train_all
 
         hide_bars: Callable[[], None] = hf_logging.disable_progress_bar
         hide_bars()
-        results = train_all(command.configs, dry_run=command.dry_run)
+        try:
+            with terminations_interrupt(), join_processes() as processes:
+                speaks = True  # from here on, whoever fails first
+                if not processes.is_first:
+                    silence: Callable[[], None] = hf_logging.set_verbosity_error
+                    silence()
+                    warnings.simplefilter("ignore")
+                results = train_all(command.configs, dry_run=command.dry_run, processes=processes)
+        except OtherProcessFailed:
+            return _FAILED
     except LoraxError as error:
         text = " ".join(str(error).split())
-        print(f"lorax-train: error: {text}", file=sys.stderr)
-        return 2
+        if speaks:
+            print(f"lorax-train: error: {text}", file=sys.stderr)
+        return _FAILED
     except KeyboardInterrupt:
         print("lorax-train: interrupted; nothing was saved", file=sys.stderr)
         return _INTERRUPTED
@@ -346,9 +364,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--compile",
         "compile",
-        "norms and gated MLPs through torch.compile: half a minute more at the start",
+        "norms and gated MLPs through torch.compile: a few seconds more at the start",
         switch=True,
     )
+    add("--fsdp", "fsdp", "keep a part of the base in each process of torchrun", switch=True)
     add("--log-every", "loop.log_every", "steps between lines without a terminal", type=int)
     return parser
 

@@ -267,6 +267,8 @@ class TrainConfig:
     """How the base's linear layers are kept in training (QLoRA, arXiv:2305.14314)."""
     compile: bool = False
     """Whether norms and gated MLPs are computed by what torch.compile makes of them."""
+    fsdp: bool = False
+    """Keep the base's decoder layers in pieces, one in each of several processes."""
     lora: InjectionConfig = field(default_factory=InjectionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -280,6 +282,11 @@ class TrainConfig:
         _one_of("--device", self.device, get_args(Device))
         _one_of("--dtype", self.dtype, get_args(DtypeName))
         _one_of("--quantize", self.quantize, get_args(Quantize))
+        if self.fsdp and self.quantize != "none":
+            raise TrainingError(
+                "--fsdp and --quantize exclude each other: a quantised base stays whole in each "
+                "process; give one of them"
+            )
         held_out = self.data.eval_file is not None or self.data.eval_split
         for flag, value in (
             ("--eval-every", self.loop.eval_every),
@@ -322,7 +329,7 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
     names: set[str] = set()
     directories: dict[Path, str] = {}
     for config in configs:
-        for field_name in ("model", "device", "dtype", "quantize", "compile"):
+        for field_name in ("model", "device", "dtype", "quantize", "compile", "fsdp"):
             if getattr(config, field_name) != getattr(first, field_name):
                 raise TrainingError(
                     f"{config.name}: {field_name} must be the same for all adapters that are "

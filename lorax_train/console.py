@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import NoReturn, TextIO
 
@@ -11,7 +12,7 @@ from lorax_train.memory import memory_used
 from lorax_train.trainer import TrainingListener
 from lorax_train.training_run import TrainingRun
 
-__all__ = ["Console", "size"]
+__all__ = ["Console", "Nowhere", "size"]
 
 _SHOWN_RUNS = 4
 
@@ -96,6 +97,14 @@ class Console(TrainingListener):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class Nowhere(io.StringIO):
+    """A stream for what is said already by another process."""
+
+    def write(self, text: str) -> int:
+        """Forget it."""
+        return len(text)
 
 
 def _losses(runs: Sequence[TrainingRun]) -> str:

@@ -23,6 +23,7 @@ tokens it was 0.9 times.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,6 +33,7 @@ from transformers import PreTrainedModel
 
 from lorax_train.base import vocabulary_size
 from lorax_train.batches import by_length
+from lorax_train.config import LoopConfig
 from lorax_train.encode import Example
 from lorax_train.head import piece
 from lorax_train.loss import CHUNK, TargetLoss
@@ -65,13 +67,20 @@ class MemoryEstimate:
 
 
 def estimate(
-    model: PreTrainedModel, runs: Sequence[TrainingRun], loss: TargetLoss
+    model: PreTrainedModel, runs: Sequence[TrainingRun], loss: TargetLoss, processes: int = 1
 ) -> MemoryEstimate:
-    """Estimate a training whose largest batch has the longest examples of each run."""
+    """Estimate a training whose largest batch has the longest examples of each run.
+
+    Args:
+        model: with the adapters in it.
+        runs: of the adapters.
+        loss: of the model.
+        processes: that share the rows of a step; the estimate is of one of them.
+    """
     largest = [
         row
         for run in runs
-        for example in by_length(run.examples)[-run.loop.batch_size :]
+        for example in by_length(run.examples)[-_most_rows(run.loop, processes) :]
         for row in example.rows
     ]
     largest.sort(key=lambda example: len(example.tokens))
@@ -105,6 +114,12 @@ def estimate(
     )
 
 
+def _most_rows(loop: LoopConfig, processes: int) -> int:
+    """That a process has in one forward pass, where rows are of like lengths."""
+    own = math.ceil(loop.batch_size * loop.grad_accumulation / processes)
+    return min(loop.batch_size, own)
+
+
 def _largest_dequantised(model: PreTrainedModel) -> int:
     sizes = (
         layer.in_features * layer.out_features * layer.dtype.itemsize
@@ -131,13 +146,14 @@ def _kept_for_backward(model: PreTrainedModel, loss: TargetLoss, tokens: tuple[i
     """
     storages: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage  # kept alive, so that no address comes twice
-        return tensor
+        # And nothing for the graph: a tensor would keep it alive for ever, with all weights, as
+        # the graph would keep the tensor.
 
     row = loss.collate([Example(tokens, (False, *[True] * (len(tokens) - 1)), "")], 0)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         out = loss.hidden(row) if loss.head_on_targets else loss.logits(row)
     del out
     return sum(storage.nbytes() for storage in storages.values())

@@ -23,7 +23,7 @@ from lorax_train.lean import make_lean
 from lorax_train.lean_ops import PLAIN, LeanOps
 from lorax_train.lora import Span
 
-__all__ = ["CHUNK", "LossFunction", "Objective", "TargetLoss", "cross_entropy", "mean_loss"]
+__all__ = ["CHUNK", "LossFunction", "Objective", "TargetLoss", "cross_entropy", "summed_loss"]
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits ``[n, vocabulary]`` float32 and labels ``[n]`` to each target's loss ``[n]``."""
@@ -234,8 +234,8 @@ def _weighed(
 
 
 @torch.no_grad()
-def mean_loss(loss: Objective, batches: Iterable[Any]) -> float:
-    """The mean loss over all targets of ``batches``, each target weighing the same.
+def summed_loss(loss: Objective, batches: Iterable[Any]) -> tuple[float, int]:
+    """The sum of the losses of all targets of ``batches``, and the number of these targets.
 
     The caller turns dropout off.
     """
@@ -243,4 +243,4 @@ def mean_loss(loss: Objective, batches: Iterable[Any]) -> float:
     for batch in batches:
         total += float(loss(batch)[1].sum())
         targets += batch.n_targets
-    return total / targets
+    return total, targets

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from lorax_train.base import vocabulary_size
 from lorax_train.config import TrainConfig
 from lorax_train.custom_loss import load_loss, try_loss
+from lorax_train.distributed import Processes
 from lorax_train.inject import TrainableLoRA
 from lorax_train.loss import LossFunction, Objective, TargetLoss, cross_entropy
 from lorax_train.preference_loss import PreferenceFigures, PreferenceLoss
@@ -38,9 +39,12 @@ def try_function(config: TrainConfig, function: LossFunction, model: PreTrainedM
 
 
 def choose_objective(
-    loss: TargetLoss, configs: Sequence[TrainConfig], adapters: Sequence[TrainableLoRA]
+    loss: TargetLoss,
+    configs: Sequence[TrainConfig],
+    adapters: Sequence[TrainableLoRA],
+    processes: Processes,
 ) -> tuple[Objective, list[TrainingListener]]:
-    """What is trained on, and listeners that must come before all others."""
+    """What is trained on, and listeners that must come before all others, in each process."""
     if configs[0].objective.name != "dpo":
         return loss, []
     betas = {
@@ -48,4 +52,4 @@ def choose_objective(
         for adapter, config in zip(adapters, configs, strict=True)
     }
     preference = PreferenceLoss(loss, betas)
-    return preference, [PreferenceFigures(preference)]
+    return preference, [PreferenceFigures(preference, processes)]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from lorax_serve.errors import TrainingError
 from lorax_train.batches import Batch, Share
+from lorax_train.distributed import Processes
 from lorax_train.layers import Routing
 from lorax_train.lora import Span
 from lorax_train.loss import TargetLoss, cross_entropy
@@ -148,25 +149,30 @@ class PreferenceLoss:
         value = (batch.weights * each).sum()
         return value + (total - total.detach()), each
 
-    def take_figures(self, adapter: int) -> dict[str, float]:
+    def take_figures(self, adapter: int, processes: Processes | None = None) -> dict[str, float]:
         """What has been seen of an adapter's pairs since this was last asked.
+
+        Args:
+            adapter: its number.
+            processes: that have seen them, all of which ask at once.
 
         Returns:
             ``reward_margin``, the mean of beta times the log-ratio of the answers above the
             base's, and ``reward_accuracy``, the share of pairs in which it is above 0; nothing
             where no pair was seen.
         """
-        sums = self._sums.pop(adapter, None)
-        if sums is None:
+        own = self._sums.pop(adapter, _Sums())
+        totals = (processes or Processes()).total([own.pairs, own.margin, own.correct])
+        pairs, margin, correct = totals
+        if not pairs:
             return {}
-        return {
-            "reward_margin": sums.margin / sums.pairs,
-            "reward_accuracy": sums.correct / sums.pairs,
-        }
+        return {"reward_margin": margin / pairs, "reward_accuracy": correct / pairs}
 
     def _note(self, batch: PreferenceBatch, margin: torch.Tensor) -> None:
         found = margin.detach().cpu()
         for span in batch.target_spans:
+            if not bool(batch.weights[span.start : span.stop].any()):
+                continue  # a row that only keeps step with other processes
             sums = self._sums.setdefault(span.adapter, _Sums())
             part: Any = found[span.start : span.stop]
             sums.pairs += len(part)
@@ -176,16 +182,17 @@ class PreferenceLoss:
 
 class PreferenceFigures(TrainingListener):
     """Gives each run the margin and accuracy of its step or evaluation, for the listeners after
-    this one to show."""
+    this one to show: of the pairs of all processes."""
 
-    def __init__(self, loss: PreferenceLoss) -> None:
+    def __init__(self, loss: PreferenceLoss, processes: Processes | None = None) -> None:
         self.loss = loss
+        self.processes = processes or Processes()
 
     def stepped(self, runs: Sequence[TrainingRun]) -> None:
         """Of the step's pairs."""
         for run in runs:
-            run.figures = self.loss.take_figures(run.adapter.index)
+            run.figures = self.loss.take_figures(run.adapter.index, self.processes)
 
     def evaluated(self, run: TrainingRun, when: str) -> None:
         """Of the held-out pairs."""
-        run.eval_figures = self.loss.take_figures(run.adapter.index)
+        run.eval_figures = self.loss.take_figures(run.adapter.index, self.processes)

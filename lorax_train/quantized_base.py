@@ -8,9 +8,7 @@ QLoRA; embeddings and norms stay as they are.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lorax_serve.errors import ModelUnsupported, TrainingError
 from lorax_serve.model.shards import open_shards
 from lorax_train.config import Quantize
+from lorax_train.memory import give_back_memory
 from lorax_train.quantize import QuantizedLinear, check_available, count_parameters
 
 __all__ = ["load_quantized", "original_weights", "quantization_warnings", "restorable"]
@@ -118,16 +117,8 @@ class _Replace(ConversionOps):
                 each._is_hf_initialized = True
             model.set_submodule(path, layer)
             missing_keys.discard(name)
-        _give_back_memory()
+        give_back_memory()
         return rest
-
-
-def _give_back_memory() -> None:
-    """Return freed memory to the system, where the C library keeps it: after the temporary tensors
-    of a few layers glibc's heap was three times as large as what was in it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def load_quantized(

@@ -27,6 +27,7 @@ __all__ = [
     "show_plan",
     "show_probe",
     "show_serving",
+    "show_sharded",
 ]
 
 _SHOWN_TOKENS = 200
@@ -116,6 +117,14 @@ def show_memory(
             f"is{end}; lower --batch-size (and raise --grad-accumulation by as much, for the same "
             "result), or lower --max-length"
         )
+
+
+def show_sharded(console: Console, whole: int, own: int, processes: int) -> None:
+    """How much of the base each process has, in bytes."""
+    console.line(
+        f"sharded    the {size(whole)} of the base's layers over {processes} processes, "
+        f"{size(own)} in this one; the rest of the base is whole in each"
+    )
 
 
 def show_probe(console: Console, probe: Probe) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,14 @@ from lorax_serve.errors import ModelUnsupported, TrainingError
 from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.source import resolve_model
+from lorax_train.alike import Alike, begin_alike, check_alike, check_same_task
 from lorax_train.base import choose_device, choose_dtype, load_model
 from lorax_train.checkpoint import Checkpoints
 from lorax_train.checkpointing import checkpoint_layers
 from lorax_train.config import TrainConfig, check_together
-from lorax_train.console import Console, size
+from lorax_train.console import Console, Nowhere, size
 from lorax_train.dataset import Dataset, check_files, check_fit, prepare
+from lorax_train.distributed import Processes
 from lorax_train.estimate import available_memory, estimate
 from lorax_train.export import check_output, export, model_card
 from lorax_train.inject import TrainableLoRA, inject_all, tied_targets
@@ -49,6 +51,7 @@ from lorax_train.report import (
     show_plan,
     show_probe,
     show_serving,
+    show_sharded,
 )
 from lorax_train.token_store import TokenStore
 from lorax_train.trainer import Trainer
@@ -82,42 +85,65 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
 
 
 def train_all(
-    configs: Sequence[TrainConfig], console: Console | None = None, *, dry_run: bool = False
+    configs: Sequence[TrainConfig],
+    console: Console | None = None,
+    *,
+    dry_run: bool = False,
+    processes: Processes | None = None,
 ) -> list[TrainResult]:
     """Train adapters on one base model, all at once, and save them; whatever can be checked is
     checked before the model is loaded.
 
     Args:
-        configs: of each adapter; all have the same model, device, dtype, quantize and compile.
-        console: what is said goes there; default: to stderr.
+        configs: of each adapter, which must agree in what ``check_together`` looks at.
+        console: what is said goes there; default: to stderr, of the first process.
         dry_run: do everything but the training, and return nothing.
+        processes: that train together, all of which call this. Only the first one writes, and its
+            results alone have a summary.
 
     Raises:
         TrainingError: when data or settings cannot work, naming the row, flag or tensor.
         ModelUnsupported: when there is no such base model.
     """
-    console = console or Console(sys.stderr)
+    processes = processes or Processes()
+    console = console or Console(sys.stderr if processes.is_first else Nowhere())
     first = configs[0]
     check_together(configs)
     for config in configs:
         with _naming(config):
-            check_output(config.output)
+            if processes.is_first:
+                check_output(config.output)
             check_files(config.data)
-    check_recording(configs)
+    if processes.is_first:
+        check_recording(configs)
     function = choose_function(first)
-    device = choose_device(first.device)
+    device = choose_device(first.device, processes.local_rank)
+    if first.fsdp and processes.local_rank is None:
+        raise TrainingError(
+            "--fsdp keeps a part of the base in each of several processes, but this one is alone; "
+            "start them with torchrun --nproc-per-node N -m lorax_train, or leave it out"
+        )
     dtype = choose_dtype(first.dtype, device)
     check_available(first.quantize)
-    source = resolve_model(first.model)
+    with processes.machine_first():
+        source = resolve_model(first.model)
     datasets = []
     stores: dict[str, TokenStore] = {}
-    for config in configs:
-        with _naming(config):
-            datasets.append(prepare(config, source, console, stores))
+    cached = any(config.data.cache for config in configs)
+    with processes.machine_first() if cached else nullcontext():
+        for config in configs:
+            with _naming(config):
+                datasets.append(prepare(config, source, console, stores))
     fingerprint = _fingerprint(source, console)
-    checkpoints = Checkpoints(configs, datasets, fingerprint or first.model, dtype, console)
+    check_same_task(processes, configs, datasets, fingerprint or first.model, dtype)
+    checkpoints = None
+    if processes.is_first:
+        identified = fingerprint or first.model
+        checkpoints = Checkpoints(configs, datasets, identified, dtype, console, processes.world)
     with _out_of_memory_explained():
-        model = load_model(first.model, source, dtype, device, first.quantize)
+        # Whole on the CPU, where it is to be in pieces on the device.
+        place = torch.device("cpu") if first.fsdp else device
+        model = load_model(first.model, source, dtype, place, first.quantize)
         if first.quantize != "none":
             for warning in quantization_warnings(first.model, model, source):
                 console.warn(warning)
@@ -140,7 +166,7 @@ def train_all(
             if config.output.portable:
                 check_portable(adapter.config, adapter.layers, adapter.shapes)
         loss.routing = adapters[0].routing
-        objective, before = choose_objective(loss, configs, adapters)
+        objective, before = choose_objective(loss, configs, adapters, processes)
         if any(config.loop.checkpointing for config in configs):
             checkpoint_layers(model, loss.routing)
         for tied in dict.fromkeys(path for each in adapters for path in tied_targets(model, each)):
@@ -157,23 +183,38 @@ def train_all(
             )
             for adapter, data, config in zip(adapters, datasets, configs, strict=True)
         ]
-        listeners = [*before, console, *recorders(configs, console.warn), checkpoints]
-        trainer = Trainer(objective, runs, datasets[0].tokenizer.pad_id, listeners)
+        listeners = [*before, Alike(processes, first.loop.save_every)]
+        if checkpoints is not None:
+            listeners += [console, *recorders(configs, console.warn), checkpoints]
+        pad_id = datasets[0].tokenizer.pad_id
+        trainer = Trainer(objective, runs, pad_id, listeners, processes, repeatable=not first.fsdp)
         for config, run, data in zip(configs, runs, datasets, strict=True):
             show_plan(console, config, run, base_parameters, dtype)
             show_example(console, run.examples[0], data.tokenizer)
-        need = estimate(model, runs, loss)
+        if processes.world > 1:
+            console.line(f"processes  {processes.world}, which share the rows of each step")
+        need = estimate(model, runs, loss, processes.world)
         show_memory(console, need, available_memory(device), device.type)
         if not loss.head_on_targets:
             console.warn("this model's logits are not its head's alone, so all are computed: slow")
+        if first.fsdp:
+            # Heavy, and only there where it is asked for.
+            from lorax_train.sharding import shard_layers
+
+            parts = shard_layers(model, adapters, processes.world, device)
+            show_sharded(console, parts.whole, parts.own, processes.world)
         if dry_run:
             console.line("dry run: nothing was trained")
             return []
-        checkpoints.resume(runs)
+        if checkpoints is not None:
+            checkpoints.resume(runs)
+        begin_alike(processes, runs)
+        check_alike(processes, runs)
         trainer.train()
+        check_alike(processes, runs)
     served = obstacle is None
     results = [
-        _finish(console, config, model, run, data, source, fingerprint, served=served)
+        _finish(console, config, model, run, data, source, fingerprint, processes, served=served)
         for config, run, data in zip(configs, runs, datasets, strict=True)
     ]
     reports = [
@@ -181,7 +222,7 @@ def train_all(
         for config, run, data, result in zip(configs, runs, datasets, results, strict=True)
         if config.output.report and result.summary is not None
     ]
-    write_reports(reports, console.warn)
+    processes.first(lambda: write_reports(reports, console.warn))
     for report in reports:
         console.line(f"report in {report.summary.directory / REPORT_FILE}")
     return results
@@ -195,10 +236,12 @@ def _finish(
     data: Dataset,
     source: Path,
     fingerprint: str | None,
+    processes: Processes,
     *,
     served: bool,
 ) -> TrainResult:
-    """Save what a run has learned."""
+    """Save what a run has learned: all processes compute the probe, as a base in pieces needs all
+    of them, and the first one writes."""
     record, adapter = run.record, run.adapter
     if record.interrupted and not record.steps:
         console.line("interrupted before the first step; nothing was saved")
@@ -212,7 +255,9 @@ def _finish(
         show_probe(console, probe)
         metadata |= probe.to_metadata()
     summary = summarize(config, run, data.sha256, fingerprint)
-    _save(config, run, metadata, summary)
+    processes.first(lambda: _save(config, run, metadata, summary))
+    if not processes.is_first:
+        return TrainResult(model, adapter, record, config.output.directory)
     _conclude(console, config, run, served=served)
     return TrainResult(model, adapter, record, config.output.directory, summary)
 

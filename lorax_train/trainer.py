@@ -2,28 +2,31 @@
 
 Knows no files and no model names. In each step, every adapter that is not done has the batches of
 its own next step; they go through the frozen model together. Each adapter's loss is the mean over
-its own targets, so that it learns what it would learn alone.
+its own targets, so that it learns what it would learn alone. Several processes share the rows of a
+step, and all of them make the same optimizer step.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
-from typing import TypeVar
+from typing import Any
 
 import torch
 
 from lorax_train.batches import Share
+from lorax_train.dealing import deal
+from lorax_train.distributed import Processes
 from lorax_train.encode import Example
 from lorax_train.interrupts import interrupts_held
-from lorax_train.loss import Objective, mean_loss
+from lorax_train.loss import Objective, summed_loss
 from lorax_train.out_of_memory import is_out_of_memory, out_of_memory, release
 from lorax_train.training_run import TrainingRun
 
 __all__ = ["Trainer", "TrainingListener"]
 
-_Result = TypeVar("_Result")
+Steps = Sequence[Sequence[Sequence[Example]]]
+"""Each run's batches of a step."""
 
 
 class TrainingListener:
@@ -59,6 +62,9 @@ class Trainer:
         runs: one for each adapter.
         pad_id: a token for padding, where there must be some.
         listeners: told of what happens.
+        processes: that train together.
+        repeatable: whether a step for which there was not enough memory can be made again in
+            smaller batches; not where processes wait for each other within a step.
     """
 
     def __init__(
@@ -67,11 +73,16 @@ class Trainer:
         runs: Sequence[TrainingRun],
         pad_id: int,
         listeners: Sequence[TrainingListener] = (),
+        processes: Processes | None = None,
+        *,
+        repeatable: bool = True,
     ) -> None:
         self.loss = loss
         self.runs = runs
         self.pad_id = pad_id
         self.listeners = list(listeners)
+        self.processes = processes or Processes()
+        self.repeatable = repeatable
         self.interrupted = False
 
     def train(self) -> None:
@@ -82,15 +93,8 @@ class Trainer:
                 row does not fit in memory.
         """
         try:
-            for run in self.runs:
-                self._evaluate_if_due(run)  # or again, if a run goes on that was killed before it
-            self._tell(lambda listener: listener.started(self.runs))
-            while active := [run for run in self.runs if not run.done]:
-                self._step(active)
-                self._tell(lambda listener, runs=active: listener.stepped(runs))  # type: ignore[misc]
-                for run in active:
-                    self._evaluate_if_due(run)
-                self._tell(lambda listener: listener.settled(self.runs))
+            with self.processes.signals_held():
+                self._train()
         except KeyboardInterrupt:
             self.interrupted = True
             for run in self.runs:
@@ -100,13 +104,26 @@ class Trainer:
         for run in self.runs:
             run.take_best()
 
+    def _train(self) -> None:
+        for run in self.runs:
+            self._evaluate_if_due(run)  # or again, if a run goes on that was killed before it
+        self._tell(lambda listener: listener.started(self.runs))
+        while active := [run for run in self.runs if not run.done]:
+            self.processes.stop_if_asked()
+            self._step(active)
+            self._tell(lambda listener, runs=active: listener.stepped(runs))  # type: ignore[misc]
+            for run in active:
+                self._evaluate_if_due(run)
+            self._tell(lambda listener: listener.settled(self.runs))
+
     def _step(self, runs: Sequence[TrainingRun]) -> None:
         """One optimizer step of each run on the mean loss over all targets of its batches."""
         started = time.perf_counter()
         steps = [run.next_step() for run in runs]
         for run in runs:
             run.adapter.train(True)
-        losses = self._shrinking(runs, lambda: self._gradients(runs, steps))
+        losses = self._shrinking(runs, len(runs), lambda: self._gradients(runs, steps))
+        self.processes.add_gradients([each for run in runs for each in run.parameters])
         seconds = time.perf_counter() - started
         with interrupts_held():
             for run, loss, step in zip(runs, losses, steps, strict=True):
@@ -115,45 +132,63 @@ class Trainer:
                 tokens = sum(len(example.tokens) for example in examples)
                 run.update(loss, targets, tokens, seconds)
 
-    def _gradients(
-        self, runs: Sequence[TrainingRun], steps: Sequence[Sequence[Sequence[Example]]]
-    ) -> list[float]:
-        """Add up the gradients of each run's batches, and return each run's summed loss.
+    def _gradients(self, runs: Sequence[TrainingRun], steps: Steps) -> list[float]:
+        """Add up the gradients of this process's rows of each run, and return their summed losses.
 
-        Every target weighs the same, in whichever of the batches it is: so accumulation, and
-        smaller batches than were asked for, change memory and not the result.
+        Every target weighs the same, in whichever of the batches and processes it is: so
+        accumulation, smaller batches than were asked for, and more processes change memory and
+        time, and not the result.
         """
         targets = [sum(e.n_targets for batch in step for e in batch) for step in steps]
-        cut = [run.cut(step) for run, step in zip(runs, steps, strict=True)]
+        cut = [
+            [run.cut(step) for run, step in zip(runs, part, strict=True)]
+            for part in deal(steps, self.processes.world)
+        ]
+        passes = max(len(batches) for part in cut for batches in part)
+        own, first = cut[self.processes.rank], self.processes.rank * passes
         losses = [0.0] * len(runs)
         routing = self.loss.routing
-        for number, batches in enumerate(zip_longest(*cut, fillvalue=())):
+        for number in range(passes):
             shares = [
-                Share(run.adapter.index, batch, 1 / n)
-                for run, batch, n in zip(runs, batches, targets, strict=True)
-                if batch
+                Share(run.adapter.index, batches[number], 1 / n)
+                for run, batches, n in zip(runs, own, targets, strict=True)
+                if number < len(batches)
             ]
-            routing.draws = {run.adapter.index: run.draw(number) for run in runs}
+            # Where processes wait for each other in every layer, each must make as many passes. It
+            # delays nobody: others are at work on rows that count.
+            idle = not shares
+            if idle:
+                shares = [Share(runs[0].adapter.index, [_shortest(steps[0])], 0.0)]
+            routing.draws = {run.adapter.index: run.draw(first + number) for run in runs}
             batch = self.loss.collate(shares, self.pad_id)
             total, each = self.loss(batch)
             total.backward()  # type: ignore[no-untyped-call]
-            for span in batch.target_spans:
+            for span in () if idle else batch.target_spans:
                 place = next(i for i, r in enumerate(runs) if r.adapter.index == span.adapter)
                 losses[place] += float(each[span.start : span.stop].sum())
         return losses
 
-    def _shrinking(self, runs: Sequence[TrainingRun], compute: Callable[[], _Result]) -> _Result:
-        """What ``compute`` returns; while there is not enough memory for it, with batches of half
-        as many rows, from its beginning."""
+    def _shrinking(
+        self, runs: Sequence[TrainingRun], size: int, compute: Callable[[], list[float]]
+    ) -> list[float]:
+        """The ``size`` numbers that ``compute`` returns, added up over the processes; while one of
+        them has not enough memory for it, all with batches of half as many rows, from its
+        beginning."""
         while True:
+            values = None
             try:
-                return compute()
+                values = compute()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                rows = max(run.rows for run in runs)
-                if rows == 1:
-                    raise out_of_memory(rows) from error
+                if not self.repeatable:
+                    raise out_of_memory() from error
+            totals = self.processes.agree(values, size)
+            if totals is not None:
+                return totals
+            rows = max(run.rows for run in runs)
+            if rows == 1:
+                raise out_of_memory(rows)
             for run in runs:
                 run.optimizer.zero_grad()
                 run.rows = min(run.rows, (rows + 1) // 2)
@@ -179,16 +214,32 @@ class Trainer:
             return
         run.adapter.train(False)
 
-        def held_out_loss() -> float:
-            parts = run.cut([run.held_out])
-            shares = ([Share(run.adapter.index, part)] for part in parts)
-            return mean_loss(self.loss, (self.loss.collate(each, self.pad_id) for each in shares))
-
-        run.evaluated(self._shrinking([run], held_out_loss))
+        total, targets = self._shrinking([run], 2, lambda: self._held_out_sums(run))
+        run.evaluated(total / targets)
         self._tell(lambda listener: listener.evaluated(run, when))
         if run.record.stopped_early:
             self._tell(lambda listener: listener.stopped(run))
 
+    def _held_out_sums(self, run: TrainingRun) -> list[float]:
+        """The summed loss of this process's held-out rows, and the number of their targets."""
+
+        def collate(rows: Sequence[Example]) -> Any:
+            return self.loss.collate([Share(run.adapter.index, rows)], self.pad_id)
+
+        rank, world = self.processes.rank, self.processes.world
+        # They are sorted by length, so every so many of them are as long as any others; and the
+        # first process has the most of them.
+        most, own = (run.held_out[start::world] for start in (0, rank))
+        passes, batches = len(run.cut([most])), run.cut([own] if own else [])
+        total, targets = summed_loss(self.loss, map(collate, batches))
+        for _ in range(passes - len(batches)):
+            self.loss(self.loss.collate([Share(run.adapter.index, most[:1], 0.0)], self.pad_id))
+        return [total, targets]
+
     def _tell(self, what: Callable[[TrainingListener], None]) -> None:
         for listener in self.listeners:
             what(listener)
+
+
+def _shortest(step: Sequence[Sequence[Example]]) -> Example:
+    return min((row for batch in step for row in batch), key=lambda row: len(row.tokens))

@@ -15,7 +15,7 @@ from lorax_train.batches import collate
 from lorax_train.config import DataConfig, InjectionConfig, TrainConfig
 from lorax_train.console import Console
 from lorax_train.encode import encode_rows
-from lorax_train.loss import TargetLoss, mean_loss
+from lorax_train.loss import TargetLoss, summed_loss
 from lorax_train.rows import read_rows
 from lorax_train.run import TrainResult, train
 
@@ -52,7 +52,7 @@ def test_held_out_losses_are_measured_without_dropout(
     batch = collate(examples, tokenizer.pad_id)
     loss = TargetLoss(result.model, head_on_targets=False)
     result.adapter.train(False)
-    without = mean_loss(loss, [batch])
+    without, targets = summed_loss(loss, [batch])
     result.adapter.train(True)
-    assert mean_loss(loss, [batch]) != pytest.approx(without, abs=1e-3)
-    assert result.record.eval_losses[-1] == pytest.approx(without, abs=1e-5)
+    assert summed_loss(loss, [batch])[0] != pytest.approx(without, abs=1e-3)
+    assert result.record.eval_losses[-1] == pytest.approx(without / targets, abs=1e-5)

@@ -27,7 +27,7 @@ from lorax_train.config import (
 from lorax_train.console import Console
 from lorax_train.encode import Example
 from lorax_train.inject import inject
-from lorax_train.interrupts import interrupts_held
+from lorax_train.interrupts import interrupts_held, terminations_interrupt
 from lorax_train.run import TrainResult, train
 from lorax_train.training_run import TrainingRun
 
@@ -192,6 +192,20 @@ def test_ctrl_c_waits_for_what_must_happen_as_a_whole() -> None:
     with pytest.raises(ValueError, match="mine"), interrupts_held():
         raise ValueError("mine")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigterm_acts_as_ctrl_c_where_it_is_asked_for() -> None:
+    done = []
+
+    def work() -> None:
+        with terminations_interrupt(), interrupts_held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("all of it")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["all of it"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_interrupts_are_left_alone_in_other_threads() -> None:

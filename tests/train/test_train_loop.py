@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import io
 import random
 from pathlib import Path
@@ -118,6 +119,22 @@ def test_the_estimate_counts_weights_adapter_and_optimizer(llama: Path) -> None:
     both = estimate(model, [run_of(adapter, 4), run_of(adapter, 8)], loss)
     assert both.optimizer == 2 * need.optimizer
     assert both.activations == pytest.approx(3 * need.activations, rel=0.01)
+    shared = estimate(model, [run_of(adapter, 8)], loss, processes=2)
+    assert shared.activations == pytest.approx(need.activations, rel=0.01)
+
+
+def test_the_estimate_leaves_nothing_behind(llama: Path) -> None:
+    model = load_model("tiny", llama, torch.float32, CPU)
+    adapter = inject(model, InjectionConfig(r=4), "tiny", seed=0)
+    run = TrainingRun(adapter, rows_of([10] * 8), [], OptimizerConfig(), LoopConfig())
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+    before = alive()
+    estimate(model, [run], TargetLoss(model, head_on_targets=True))
+    assert alive() == before
 
 
 def test_too_little_memory_is_warned_of_with_what_to_change() -> None:

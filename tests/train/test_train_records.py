@@ -434,7 +434,7 @@ def test_the_weights_of_the_lowest_loss_are_what_the_files_speak_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     losses = iter([4.0, 3.0, 2.0, 2.5])
-    monkeypatch.setattr("lorax_train.trainer.mean_loss", lambda *_: next(losses))
+    monkeypatch.setattr("lorax_train.trainer.summed_loss", lambda *_: (next(losses), 1))
     data = DataConfig(write_rows(pairs), eval_split=0.25)
     loop = LoopConfig(max_steps=3, batch_size=4, eval_every=1)
     result = train(configure(llama, data, loop=loop), Console(io.StringIO()))
