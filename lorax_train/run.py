@@ -16,7 +16,7 @@ from lorax_serve.errors import ModelUnsupported, TrainingError
 from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.source import resolve_model
-from lorax_train.base import choose_device, choose_dtype, load_model
+from lorax_train.base import check_dense, choose_device, choose_dtype, load_model
 from lorax_train.checkpoint import Checkpoints
 from lorax_train.checkpointing import checkpoint_layers
 from lorax_train.config import TrainConfig, check_together
@@ -108,6 +108,7 @@ def train_all(
     dtype = choose_dtype(first.dtype, device)
     check_available(first.quantize)
     source = resolve_model(first.model)
+    check_dense(first.model, source, first.quantize)
     datasets = []
     stores: dict[str, TokenStore] = {}
     for config in configs:
