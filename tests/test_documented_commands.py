@@ -115,6 +115,20 @@ def test_a_documented_config_file_is_taken(text: str, tmp_path: Path) -> None:
     assert read_command(["--config", str(tmp_path / "train.yaml")]).configs
 
 
+def test_the_guides_settings_spelled_out_are_the_presets() -> None:
+    page = (ROOT / "docs/from-elixir.md").read_text(encoding="utf-8")
+    spelled = next(words[1:] for words in commands(page) if "elixir-discussion.txt" in words)
+    places = [
+        item for flag in ("--model", "--data", "--out") for item in (flag, value(spelled, flag))
+    ]
+    preset = read_command(["--preset", "elixir", "--alpha", "4", "--eval-split", "0.1", *places])
+    assert read_command(spelled).configs == preset.configs
+
+
+def value(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
 def test_commands_are_found_in_blocks_fences_and_text() -> None:
     text = (
         "A `lorax-train` and a `lorax-train merge DIR --out OUT`, `--r 4`:\n\n"
