@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 BENCHMARKS := offline over_grpc startup popularity many_adapters thrash cold_load base_tax \
 	long_prompt prefix load_disturbance load_scaling batch_invariance quantized_base
 
-.PHONY: setup demo test fidelity lint proto bench bench-peers bench-train bench-all gpu-check clean
+.PHONY: setup demo elixir-guide test fidelity lint proto bench bench-peers bench-train bench-all gpu-check clean
 
 setup: $(READY)
 
@@ -20,6 +20,11 @@ $(READY): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python examples/demo.py
+
+# The guide of the Elixir library lorax on a text of ours: docs/from-elixir.md. Minutes on 2 cores.
+elixir-guide: setup
+	$(BIN)/lorax-train --preset elixir --data examples/data/forum.txt --out out/elixir-guide
+	$(BIN)/lorax-train generate out/elixir-guide "<title>Elixir 2.0 released" --top-p 0.8 --seed 1337
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not slow and not peers"

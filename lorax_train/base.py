@@ -23,6 +23,7 @@ from lorax_train.quantized_base import load_quantized
 
 __all__ = [
     "Tokenizer",
+    "check_dense",
     "choose_device",
     "choose_dtype",
     "load_model",
@@ -154,6 +155,34 @@ def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def check_dense(spec: str, directory: Path, quantize: Quantize = "none") -> None:
+    """Make sure that a checkpoint has the model's own weights, not quantised ones: these are
+    packed, so LoRA would get wrong shapes, and no server of ours could apply the adapter to them.
+
+    Args:
+        spec: what the user calls it, for messages.
+        directory: in Hugging Face's layout.
+        quantize: what is asked for.
+
+    Raises:
+        TrainingError: its config.json has a ``quantization_config``.
+    """
+    try:
+        found = json.loads((directory / "config.json").read_bytes()).get("quantization_config")
+    except (OSError, ValueError):  # which is for the loading to refuse
+        return
+    if not found:
+        return
+    method = found.get("quant_method", "of an unknown method")
+    flag = "" if quantize == "none" else f"--quantize {quantize}: "
+    hint = ", with --quantize nf4 or int8 if memory is scarce" if quantize == "none" else ""
+    raise TrainingError(
+        f"{flag}model {spec} is quantised already (quantization_config in its config.json, "
+        f"{method}), and adapters are trained for dense weights; name the model that it was made "
+        f"from{hint}"
+    )
+
+
 def load_model(
     spec: str,
     directory: Path,
@@ -174,9 +203,10 @@ def load_model(
         quantize: how its linear layers are kept, but for the output head.
 
     Raises:
-        TrainingError: when it is no causal language model, weights are missing, or it cannot be
-            quantised.
+        TrainingError: when it is no causal language model, weights are missing, it is quantised
+            already, or it cannot be quantised.
     """
+    check_dense(spec, directory, quantize)
     try:
         # Any: the declared type leaves out the pair that output_loading_info asks for.
         loaded: Any

@@ -287,17 +287,30 @@ class TrainConfig:
                 "--fsdp and --quantize exclude each other: a quantised base stays whole in each "
                 "process; give one of them"
             )
-        held_out = self.data.eval_file is not None or self.data.eval_split
+        windows = self.data.text_mode == "windows"
+        if self.data.eval_file is None and not self.data.held_out_share(windows=windows):
+            self.check_evaluation("")
+        if self.output.portable and self.lora.dora:
+            raise TrainingError("--portable and --dora exclude each other: plain loaders have none")
+
+    def check_evaluation(self, why: str) -> None:
+        """Make sure that nothing is asked for that needs held-out rows, where there are none.
+
+        Args:
+            why: there are none, for the message; empty: none were asked for.
+
+        Raises:
+            TrainingError: naming the flag that needs them.
+        """
         for flag, value in (
             ("--eval-every", self.loop.eval_every),
             ("--patience", self.loop.patience),
         ):
-            if value is not None and not held_out:
+            if value is not None:
+                reason = f", but {why}" if why else ""
                 raise TrainingError(
-                    f"{flag} needs rows to evaluate on; give --eval-split or --eval-data"
+                    f"{flag} needs rows to evaluate on{reason}; give --eval-split or --eval-data"
                 )
-        if self.output.portable and self.lora.dora:
-            raise TrainingError("--portable and --dora exclude each other: plain loaders have none")
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

@@ -159,7 +159,10 @@ def _conversation(where: str, value: object) -> tuple[Message, ...]:
     messages = _messages(where, "messages", value)
     answers = [message.content for message in messages if message.role == "assistant"]
     if not answers:
-        raise TrainingError(f"{where}: no assistant message, so there is nothing to learn")
+        raise TrainingError(
+            f"{where}: no assistant message, so there is nothing to learn; add the answer or take "
+            "the row out"
+        )
     if not any(answers):
         raise TrainingError(
             f"{where}: no token to learn: the assistant's messages are empty; fill them or take "

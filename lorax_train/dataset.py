@@ -142,6 +142,8 @@ class _Preparation:
                 held_out = held_out_windows(store, evaluation.path, data.window)
             else:
                 held_out = StoredExamples(store, evaluation.where)
+        if not held_out:  # as of rows, though --text-mode windows would hold out a tenth of text
+            self._config.check_evaluation(f"none of {train.path} is held out")
         return Dataset(examples, held_out, self._tokenizer, train.sha256)
 
     def _check_apart(self, evaluation: _Files) -> None:

@@ -73,7 +73,9 @@ class Encoder:
         counts, limit = self._counts, self._max_length
         tokens, trained = _encode(row, self._tokenizer, counts)
         if not any(trained[1:]):
-            raise TrainingError(f"{row.where}: no token to learn: the row is empty")
+            raise TrainingError(
+                f"{row.where}: no token to learn: the row is empty; fill it or take the row out"
+            )
         counts["rows"] += 1
         self._longest = max(self._longest, len(tokens))
         if len(tokens) > limit:

@@ -23,7 +23,14 @@ from lorax_serve.errors import TrainingError
 from lorax_train.base import load_model, output_head
 from lorax_train.stored import StoredAdapter
 
-__all__ = ["check_mergeable", "check_new_directory", "merge_into", "merged_model", "save_model"]
+__all__ = [
+    "check_mergeable",
+    "check_new_directory",
+    "merge_into",
+    "merged_model",
+    "save_model",
+    "unwritable",
+]
 
 _CPU = torch.device("cpu")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "README.md")
@@ -121,7 +128,7 @@ def save_model(model: PreTrainedModel, stored: StoredAdapter, out: Path) -> None
         staged.chmod(0o755)
         staged.replace(out)
     except OSError as error:
-        raise TrainingError(f"--out {out} cannot be written: {error.strerror}") from error
+        raise unwritable(out, error) from error
     finally:
         if staged is not None:
             shutil.rmtree(staged, ignore_errors=True)
@@ -138,6 +145,14 @@ def check_new_directory(out: Path) -> None:
     nearest = next(path for path in out.absolute().parents if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise TrainingError(f"--out {out} cannot be written: no write permission for {nearest}")
+
+
+def unwritable(out: Path, error: OSError) -> TrainingError:
+    """What to raise where the disk is full or fails while a new directory is written."""
+    return TrainingError(
+        f"--out {out} cannot be written: {error.strerror}; make room there, or choose another "
+        "directory, and run the command again"
+    )
 
 
 def _untie(model: PreTrainedModel, changed: set[str]) -> tuple[nn.Module, nn.Module] | None:

@@ -8,7 +8,6 @@ QLoRA; embeddings and norms stay as they are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -130,11 +129,10 @@ def load_quantized(
         The model, whose other weights are on the CPU, and transformers' report on the loading.
 
     Raises:
-        TrainingError: when the format's package is missing, the checkpoint is quantised already,
-            or it has nothing to quantise.
+        TrainingError: when the format's package is missing, or the checkpoint has nothing to
+            quantise.
     """
     check_available(quantize)
-    _check_dense(spec, directory, quantize)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     load: Any
     with ExitStack() as stack:
@@ -164,18 +162,6 @@ def load_quantized(
             "other than its output head; leave --quantize out"
         )
     return model, report
-
-
-def _check_dense(spec: str, directory: Path, quantize: Quantize) -> None:
-    file = directory / "config.json"
-    config = json.loads(file.read_bytes()) if file.is_file() else {}
-    found = config.get("quantization_config")
-    if found:
-        raise TrainingError(
-            f"--quantize {quantize}: model {spec} is quantised already (quantization_config in its "
-            f"config.json, {found.get('quant_method', 'of an unknown method')}); name the model "
-            "that it was made from"
-        )
 
 
 def quantization_warnings(spec: str, model: PreTrainedModel, directory: Path) -> list[str]:

@@ -17,7 +17,7 @@ from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.source import resolve_model
 from lorax_train.alike import Alike, begin_alike, check_alike, check_same_task
-from lorax_train.base import choose_device, choose_dtype, load_model
+from lorax_train.base import check_dense, choose_device, choose_dtype, load_model
 from lorax_train.checkpoint import Checkpoints
 from lorax_train.checkpointing import checkpoint_layers
 from lorax_train.config import TrainConfig, check_together
@@ -127,6 +127,7 @@ def train_all(
     check_available(first.quantize)
     with processes.machine_first():
         source = resolve_model(first.model)
+    check_dense(first.model, source, first.quantize)
     datasets = []
     stores: dict[str, TokenStore] = {}
     cached = any(config.data.cache for config in configs)

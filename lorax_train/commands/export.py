@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lorax_serve.adapter import match_weights, read, save
 from lorax_serve.errors import TrainingError
 from lorax_train.commands.parsing import CommandParser
-from lorax_train.merge import check_new_directory
+from lorax_train.merge import check_new_directory, unwritable
 from lorax_train.portable import portable
 from lorax_train.stored import open_adapter, without_copies
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         save(options.out, config, tensors, metadata)
     except OSError as error:
-        raise TrainingError(f"--out {options.out} cannot be written: {error.strerror}") from error
+        raise unwritable(options.out, error) from error
     written = read(options.out)
     match_weights(written.config, written.tensors, stored.modules)
     print(

@@ -15,7 +15,7 @@ from lorax_serve.model.source import resolve_model
 from lorax_train.commands.parsing import CommandParser
 from lorax_train.elixir.layers import GPT2_ORDER, PROJECTIONS, Imported, import_layers
 from lorax_train.elixir.nx import read_layers
-from lorax_train.merge import check_new_directory
+from lorax_train.merge import check_new_directory, unwritable
 from lorax_train.stored import base_modules
 
 __all__ = ["main"]
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         save(options.out, found.config, found.tensors, metadata)
     except OSError as error:
-        raise TrainingError(f"--out {options.out} cannot be written: {error.strerror}") from error
+        raise unwritable(options.out, error) from error
     written = read(options.out)
     match_weights(written.config, written.tensors, modules)
     _say(found, options.alpha, options.out)

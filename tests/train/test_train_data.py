@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -361,6 +362,29 @@ def test_windows_train(tmp_path: Path, llama: Path, configure: Configure) -> Non
     data = DataConfig(tmp_path / "a.txt", text_mode="windows", window=16)
     record = train(configure(llama, data, steps=30), Console(io.StringIO())).record
     assert record.eval_losses[-1] < record.eval_losses[0] - 1
+
+
+def test_the_tenth_that_windows_hold_out_is_enough_to_evaluate_on(
+    tmp_path: Path, llama: Path, configure: Configure, write_rows: WriteRows
+) -> None:
+    # The end is unlike the rest, so that its loss rises as the rest is learned.
+    (tmp_path / "a.txt").write_text("to be or not to be, " * 40 + "0123456789" * 8)
+    data = DataConfig(tmp_path / "a.txt", text_mode="windows", window=16)
+    loop = LoopConfig(max_steps=60, batch_size=2, eval_every=2, patience=2)
+    said = io.StringIO()
+    record = train(configure(llama, data, lr=0.05, loop=loop), Console(said)).record
+    assert [each.step for each in record.evaluations[:3]] == [0, 2, 4]
+    assert record.stopped_early
+    assert f"stopped after step {record.steps}" in said.getvalue()
+    for change in ({"eval_split": 0.0}, {"text_mode": "lines"}):
+        with pytest.raises(TrainingError, match="--eval-every needs rows to evaluate on; give"):
+            configure(llama, dataclasses.replace(data, **change), loop=loop)
+    rows_ = dataclasses.replace(data, train=write_rows([{"text": "x"}]))  # which are no stream
+    config = configure(llama, rows_, loop=LoopConfig(max_steps=2, patience=1))
+    with pytest.raises(
+        TrainingError, match=r"--patience .*, but none of .*rows\.jsonl is held out;"
+    ):
+        train(config, Console(io.StringIO()))
 
 
 # The store

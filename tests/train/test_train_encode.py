@@ -85,6 +85,15 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(
         encode(own, chat("hi", "yo", "and", "so"))
 
 
+def test_a_template_that_leaves_answers_out_is_refused_with_what_to_do(
+    tokenizer: Tokenizer, llama: Path
+) -> None:
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}|{% endfor %}"
+    own = with_template(tokenizer, llama, template)
+    with pytest.raises(TrainingError, match=r"messages\[1\] cannot be masked: .* use prompt and c"):
+        encode(own, chat("hi", "yo"))
+
+
 def test_a_template_that_refuses_is_named(tokenizer: Tokenizer, llama: Path) -> None:
     own = with_template(tokenizer, llama, "{{ raise_exception('no system role') }}")
     with pytest.raises(TrainingError, match=r"row 1: the chat template refuses .* no system role"):

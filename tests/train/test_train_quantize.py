@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lorax_serve.adapter import match_weights, read
 from lorax_serve.adapter.probe import Probe
@@ -424,9 +424,27 @@ def test_a_quantised_checkpoint_is_not_quantised_again(
     config = json.loads((model / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (model / "config.json").write_text(json.dumps(config))
-    said = refusal(capsys, model, write_rows(pairs), tmp_path / "out", "--quantize", "int8")
-    assert "is quantised already (quantization_config in its config.json, gptq)" in said
-    assert "--quantize int8" in said
+    for flags in (("--quantize", "int8"), ()):
+        said = refusal(capsys, model, write_rows(pairs), tmp_path / "out", *flags)
+        assert "is quantised already (quantization_config in its config.json, gptq)" in said
+        assert "name the model that it was made from" in said
+        assert ("--quantize int8: model" in said) == bool(flags)
+        assert ("with --quantize nf4 or int8 if memory is scarce" in said) != bool(flags)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_bitsandbytes_quantised_is_refused_before_the_data_is_read(
+    llama: Path, tmp_path: Path, configure: Configure
+) -> None:
+    auto: Any = AutoModelForCausalLM
+    options: Any = BitsAndBytesConfig
+    model = auto.from_pretrained(llama, quantization_config=options(load_in_4bit=True))
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("no JSON")
+    with pytest.raises(TrainingError, match=r"model .*model is quantised .*bitsandbytes\)"):
+        run(configure(tmp_path / "model", tmp_path / "rows.jsonl"))
+    with pytest.raises(TrainingError, match="model tiny is quantised"):
+        load(tmp_path / "model", "none")
 
 
 def test_a_model_without_linears_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

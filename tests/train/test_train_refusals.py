@@ -36,7 +36,7 @@ def refuse(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (PAIR + "\n" + '{"text": "w5"}\n', "rows.jsonl line 3: another format than "),
         (PAIR + '{"prompt": "w5"}\n', "rows.jsonl line 2: found the keys {'prompt'}"),
         (PAIR + '{"prompt": "w5", "completion": 7}\n', "line 2: completion must be a string"),
-        ('{"text": ""}\n', "rows.jsonl line 1: no token to learn: the row is empty"),
+        ('{"text": ""}\n', "rows.jsonl line 1: no token to learn: the row is empty; fill it or"),
         ("", "rows.jsonl holds no rows"),
         ("\n\n", "rows.jsonl holds no rows"),
     ],

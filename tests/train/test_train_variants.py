@@ -19,9 +19,17 @@ from lorax_serve.config import EngineConfig
 from lorax_serve.core import Batch, SamplingParams, Sequence
 from lorax_serve.errors import TrainingError
 from lorax_train.base import load_model
-from lorax_train.config import DataConfig, InjectionConfig, LoopConfig, OutputConfig, TrainConfig
+from lorax_train.config import (
+    DataConfig,
+    InjectionConfig,
+    LoopConfig,
+    OptimizerConfig,
+    OutputConfig,
+    TrainConfig,
+)
 from lorax_train.console import Console
 from lorax_train.inject import inject, module_shapes
+from lorax_train.quantized_base import original_weights
 from lorax_train.run import TrainResult, train
 from tests.helpers import TINY_GPT2, TINY_LLAMA, save_tiny_model
 from tests.model.logits_runner import LogitsRunner, load
@@ -35,6 +43,10 @@ TOKENS = torch.arange(5, 35)
 WORDS: Rows = [{"text": f"w{i + 50} w9 w11 w{i + 6} w{i + 40}"} for i in range(8)]
 
 VARIANTS = {
+    "plain": InjectionConfig(r=4),
+    "rslora": InjectionConfig(r=4, alpha=6, rslora=True),
+    "gaussian, dropout": InjectionConfig(r=2, dropout=0.1, targets="qkv", init="gaussian"),
+    "an expression": InjectionConfig(r=4, targets=r"regex:.*\.1\..*(q_proj|up_proj|c_attn|c_fc)"),
     "dora": InjectionConfig(r=4, dora=True),
     "dora with rslora": InjectionConfig(r=4, dora=True, rslora=True, targets="qkv"),
     "pissa": InjectionConfig(r=4, init="pissa"),
@@ -59,6 +71,18 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, config in configs.items():
         save_tiny_model(root / name, config)
     return {name: root / name for name in configs}
+
+
+# What the other flags that change the files may change beside the adapter's own settings.
+OTHERS: dict[str, dict[str, Any]] = {
+    "loraplus": {"optimizer": OptimizerConfig(lr=5e-3, loraplus_ratio=8.0)},
+    "bfloat16 file": {"save_dtype": "bfloat16"},
+    "portable": {"portable": True, "lora": InjectionConfig(r=4, rslora=True)},
+    "portable pissa": {"portable": True, "lora": InjectionConfig(r=4, init="pissa")},
+    "nf4": {"quantize": "nf4"},
+    "int8": {"quantize": "int8"},
+    "int8 dora": {"quantize": "int8", "lora": InjectionConfig(r=4, dora=True)},
+}
 
 
 def run(
@@ -89,10 +113,12 @@ def served(base: Path, directory: Path) -> torch.Tensor:
     return runner.logits[0]
 
 
-def check(result: TrainResult, base: Path, lora: InjectionConfig) -> None:
-    """The files give the logits of the model in training, in PEFT and in the server."""
+def check(result: TrainResult, base: Path, saved: torch.dtype = torch.float32) -> None:
+    """The files give the logits of the model in training, in PEFT and in the server; of one that
+    was trained on a quantised base, those with the base's own weights."""
     assert result.directory is not None
-    ours = logits_of(result)
+    with result.adapter.rounded(saved), original_weights(result.model, base):
+        ours = logits_of(result)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         before = plain(input_ids=TOKENS[None]).logits[0]
@@ -114,13 +140,30 @@ def test_the_files_of_each_kind_compute_what_was_trained(
 ) -> None:
     lora = VARIANTS[name]
     result = run(configure, bases[base], write_rows(WORDS), lora)
-    check(result, bases[base], lora)
+    check(result, bases[base])
     assert result.directory is not None
     raw = json.loads((result.directory / "adapter_config.json").read_text())
     assert raw.get("use_dora", False) == lora.dora
     assert raw["layers_to_transform"] == (list(lora.layers) or None)
-    assert raw["init_lora_weights"] is True
+    assert raw["init_lora_weights"] == ("gaussian" if lora.init == "gaussian" else True)
     assert raw["r"] == lora.r * (2 if lora.init == "pissa" else 1)
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_files_of_other_flags_do_so_too(
+    name: str,
+    base: str,
+    bases: dict[str, Path],
+    configure: Configure,
+    write_rows: WriteRows,
+    tmp_path: Path,
+) -> None:
+    others = {"lora": InjectionConfig(r=4)} | OTHERS[name]
+    output = {key: others.pop(key) for key in ("save_dtype", "portable") if key in others}
+    place = OutputConfig(tmp_path / "out", **output)
+    result = run(configure, bases[base], write_rows(WORDS), output=place, **others)
+    check(result, bases[base], getattr(torch, place.save_dtype))
 
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")  # for merging it matters
@@ -133,7 +176,7 @@ def test_embeddings_and_heads_can_be_targets(
     lora = InjectionConfig(r=4, targets=ENDS[name]["gpt2" if base == "gpt2" else "llama"])
     said = io.StringIO()
     config = configure(bases[base], write_rows(WORDS), lora=lora, steps=4, lr=2e-2)
-    check(train(config, Console(said)), bases[base], lora)
+    check(train(config, Console(said)), bases[base])
     assert ("shares its weight with another module" in said.getvalue()) == (base != "llama")
 
 
