@@ -25,12 +25,12 @@ from transformers import Qwen2ForCausalLM as Qwen2
 from benchmarks.command import Result, parser, run
 from benchmarks.measure import digits, medians
 from benchmarks.plot import Chart
-from lorax_train.base import load_model
 from lorax_train.config import InjectionConfig, Quantize
-from lorax_train.encode import Example
-from lorax_train.inject import inject
-from lorax_train.loss import TargetLoss
-from lorax_train.quantize import QuantizedLinear, count_parameters
+from lorax_train.data.encode import Example
+from lorax_train.loop.loss import TargetLoss
+from lorax_train.model.base import load_model
+from lorax_train.model.inject import inject
+from lorax_train.model.quantize import QuantizedLinear, count_parameters
 
 FORMATS: dict[Quantize, str] = {"none": "bfloat16", "int8": "int8", "nf4": "nf4"}
 SHAPES = ("llama", "qwen")

@@ -8,9 +8,9 @@ from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
+from lorax_train.loop.trainer import TrainingListener
+from lorax_train.loop.training_run import TrainingRun
 from lorax_train.memory import memory_used
-from lorax_train.trainer import TrainingListener
-from lorax_train.training_run import TrainingRun
 
 __all__ = ["Console", "Nowhere", "size"]
 

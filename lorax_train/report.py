@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from lorax_serve.adapter.probe import Probe
-from lorax_train.base import Tokenizer
-from lorax_train.batches import count_targets, lengths
 from lorax_train.config import TrainConfig
 from lorax_train.console import Console, size
-from lorax_train.encode import Example
-from lorax_train.estimate import MemoryEstimate
-from lorax_train.training_run import TrainingRun
+from lorax_train.data.batches import count_targets, lengths
+from lorax_train.data.encode import Example
+from lorax_train.data.tokenizer import Tokenizer
+from lorax_train.loop.estimate import MemoryEstimate
+from lorax_train.loop.training_run import TrainingRun
 
 __all__ = [
     "mark",

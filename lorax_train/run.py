@@ -16,25 +16,29 @@ from lorax_serve.errors import ModelUnsupported, TrainingError
 from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.source import resolve_model
-from lorax_train.alike import Alike, begin_alike, check_alike, check_same_task
-from lorax_train.base import check_dense, choose_device, choose_dtype, load_model
-from lorax_train.checkpoint import Checkpoints
-from lorax_train.checkpointing import checkpoint_layers
+from lorax_train.adapters.export import check_output, export, model_card
+from lorax_train.adapters.portable import check_portable
+from lorax_train.adapters.probe import compute_probe
+from lorax_train.checkpoints.alike import Alike, begin_alike, check_alike, check_same_task
+from lorax_train.checkpoints.checkpoint import Checkpoints
 from lorax_train.config import TrainConfig, check_together
 from lorax_train.console import Console, Nowhere, size
-from lorax_train.dataset import Dataset, check_files, check_fit, prepare
+from lorax_train.data.dataset import Dataset, check_files, prepare
+from lorax_train.data.token_store import TokenStore
 from lorax_train.distributed import Processes
-from lorax_train.estimate import available_memory, estimate
-from lorax_train.export import check_output, export, model_card
-from lorax_train.inject import TrainableLoRA, inject_all, tied_targets
-from lorax_train.lean_ops import PLAIN, compiled_ops
-from lorax_train.loss import TargetLoss
-from lorax_train.objective import choose_function, choose_objective, try_function
-from lorax_train.out_of_memory import is_out_of_memory, out_of_memory
-from lorax_train.portable import check_portable
-from lorax_train.probe import compute_probe
-from lorax_train.quantize import check_available, count_parameters
-from lorax_train.quantized_base import original_weights, quantization_warnings, restorable
+from lorax_train.loop.estimate import available_memory, estimate
+from lorax_train.loop.loss import TargetLoss
+from lorax_train.loop.objective import choose_function, choose_objective, try_function
+from lorax_train.loop.out_of_memory import is_out_of_memory, out_of_memory
+from lorax_train.loop.trainer import Trainer
+from lorax_train.loop.training_run import TrainingRecord, TrainingRun
+from lorax_train.model.base import check_dense, choose_device, choose_dtype, load_model
+from lorax_train.model.checkpointing import checkpoint_layers
+from lorax_train.model.fit import check_fit
+from lorax_train.model.inject import TrainableLoRA, inject_all, tied_targets
+from lorax_train.model.lean_ops import PLAIN, compiled_ops
+from lorax_train.model.quantize import check_available, count_parameters
+from lorax_train.model.quantized_base import original_weights, quantization_warnings, restorable
 from lorax_train.records.log import LOG_FILE, read_curves
 from lorax_train.records.page import Report
 from lorax_train.records.recording import (
@@ -53,9 +57,6 @@ from lorax_train.report import (
     show_serving,
     show_sharded,
 )
-from lorax_train.token_store import TokenStore
-from lorax_train.trainer import Trainer
-from lorax_train.training_run import TrainingRecord, TrainingRun
 
 __all__ = ["TrainResult", "train", "train_all"]
 
@@ -134,7 +135,7 @@ def train_all(
     with processes.machine_first() if cached else nullcontext():
         for config in configs:
             with _naming(config):
-                datasets.append(prepare(config, source, console, stores))
+                datasets.append(prepare(config, source, console.warn, stores))
     fingerprint = _fingerprint(source, console)
     check_same_task(processes, configs, datasets, fingerprint or first.model, dtype)
     checkpoints = None
@@ -200,7 +201,7 @@ def train_all(
             console.warn("this model's logits are not its head's alone, so all are computed: slow")
         if first.fsdp:
             # Heavy, and only there where it is asked for.
-            from lorax_train.sharding import shard_layers
+            from lorax_train.model.sharding import shard_layers
 
             parts = shard_layers(model, adapters, processes.world, device)
             show_sharded(console, parts.whole, parts.own, processes.world)

@@ -20,14 +20,15 @@ import torch
 
 from benchmarks.training.workload import full_rows, mixed_rows
 from lorax_serve.model.source import resolve_model
-from lorax_train.base import load_model, load_tokenizer
 from lorax_train.config import InjectionConfig, LoopConfig, OptimizerConfig
-from lorax_train.encode import Example
-from lorax_train.inject import inject_all
-from lorax_train.loss import TargetLoss
-from lorax_train.start import init_a
-from lorax_train.trainer import Trainer, TrainingListener
-from lorax_train.training_run import TrainingRun
+from lorax_train.data.encode import Example
+from lorax_train.data.tokenizer import load_tokenizer
+from lorax_train.loop.loss import TargetLoss
+from lorax_train.loop.trainer import Trainer, TrainingListener
+from lorax_train.loop.training_run import TrainingRun
+from lorax_train.model.base import load_model
+from lorax_train.model.inject import inject_all
+from lorax_train.model.start import init_a
 
 RANK, ALPHA, LR, SEED = 8, 16.0, 2e-4, 0
 

@@ -7,8 +7,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorax_train.base import Tokenizer
-from lorax_train.encode import Example
+from lorax_train.data.encode import Example
+from lorax_train.data.tokenizer import Tokenizer
 
 __all__ = ["full_rows", "mixed_rows"]
 

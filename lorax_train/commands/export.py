@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from lorax_serve.adapter import match_weights, read, save
 from lorax_serve.errors import TrainingError
+from lorax_train.adapters.merge import check_new_directory, unwritable
+from lorax_train.adapters.portable import portable
+from lorax_train.adapters.stored import open_adapter, without_copies
 from lorax_train.commands.parsing import CommandParser
-from lorax_train.merge import check_new_directory, unwritable
-from lorax_train.portable import portable
-from lorax_train.stored import open_adapter, without_copies
 
 __all__ = ["main"]
 

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from lorax_serve.sampling_flags import add_sampling_flags, given_sampling
-from lorax_train.base import choose_device, load_tokenizer
+from lorax_train.adapters.generation import Sampling, generate
+from lorax_train.adapters.merge import check_mergeable, merged_model
+from lorax_train.adapters.stored import open_adapter
 from lorax_train.commands.parsing import CommandParser
-from lorax_train.generation import Sampling, generate
-from lorax_train.merge import check_mergeable, merged_model
-from lorax_train.stored import open_adapter
+from lorax_train.data.tokenizer import load_tokenizer
+from lorax_train.model.base import choose_device
 
 __all__ = ["main"]
 

@@ -12,11 +12,11 @@ from lorax_serve._version import __version__
 from lorax_serve.adapter import match_weights, read, save
 from lorax_serve.errors import TrainingError
 from lorax_serve.model.source import resolve_model
+from lorax_train.adapters.merge import check_new_directory, unwritable
+from lorax_train.adapters.stored import base_modules
 from lorax_train.commands.parsing import CommandParser
 from lorax_train.elixir.layers import GPT2_ORDER, PROJECTIONS, Imported, import_layers
 from lorax_train.elixir.nx import read_layers
-from lorax_train.merge import check_new_directory, unwritable
-from lorax_train.stored import base_modules
 
 __all__ = ["main"]
 

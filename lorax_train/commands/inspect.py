@@ -11,8 +11,8 @@ from lorax_serve.errors import AdapterRejected
 from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.source import resolve_model
 from lorax_serve.report import LoadReport, ModuleReport
+from lorax_train.adapters.stored import base_name
 from lorax_train.commands.parsing import CommandParser
-from lorax_train.stored import base_name
 
 __all__ = ["main"]
 

@@ -9,10 +9,15 @@ from collections.abc import Sequence
 
 import torch
 
+from lorax_train.adapters.merge import (
+    check_mergeable,
+    check_new_directory,
+    merged_model,
+    save_model,
+)
+from lorax_train.adapters.stored import StoredAdapter, open_adapter
 from lorax_train.commands.parsing import CommandParser
 from lorax_train.console import size
-from lorax_train.merge import check_mergeable, check_new_directory, merged_model, save_model
-from lorax_train.stored import StoredAdapter, open_adapter
 
 __all__ = ["main"]
 

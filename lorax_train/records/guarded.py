@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lorax_train.trainer import TrainingListener
-from lorax_train.training_run import TrainingRun
+from lorax_train.loop.trainer import TrainingListener
+from lorax_train.loop.training_run import TrainingRun
 
 __all__ = ["Guarded"]
 

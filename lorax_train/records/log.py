@@ -23,9 +23,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from lorax_train.loop.trainer import TrainingListener
+from lorax_train.loop.training_run import TrainingRun
 from lorax_train.memory import memory_used
-from lorax_train.trainer import TrainingListener
-from lorax_train.training_run import TrainingRun
 
 __all__ = ["LOG_FILE", "Curves", "JsonLog", "read_curves"]
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorax_train.config import TrainConfig
+from lorax_train.loop.trainer import TrainingListener
 from lorax_train.records.curves import to_png
 from lorax_train.records.files import write_whole
 from lorax_train.records.guarded import Guarded
 from lorax_train.records.log import LOG_FILE, JsonLog
 from lorax_train.records.page import Report, render_page
 from lorax_train.records.tensorboard import TensorBoard, check_tensorboard
-from lorax_train.trainer import TrainingListener
 
 __all__ = ["PLOT_FILE", "REPORT_FILE", "check_recording", "recorders", "write_reports"]
 

@@ -11,8 +11,8 @@ from lorax_serve._version import __version__
 from lorax_serve.model.source import EMBEDDED_MODEL
 from lorax_train.config import TrainConfig
 from lorax_train.console import size
+from lorax_train.loop.training_run import Evaluation, TrainingRun
 from lorax_train.memory import peak_memory
-from lorax_train.training_run import Evaluation, TrainingRun
 
 __all__ = ["Summary", "hub_id", "summarize"]
 

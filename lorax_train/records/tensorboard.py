@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorax_serve.errors import TrainingError
+from lorax_train.loop.trainer import TrainingListener
+from lorax_train.loop.training_run import TrainingRun
 from lorax_train.memory import memory_used
-from lorax_train.trainer import TrainingListener
-from lorax_train.training_run import TrainingRun
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -22,8 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lorax_train.base import Tokenizer, load_tokenizer
 from lorax_train.config import DataConfig, LoopConfig, OptimizerConfig, OutputConfig, TrainConfig
+from lorax_train.data.tokenizer import Tokenizer, load_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"

@@ -28,7 +28,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 # Not used here, but by every child.
-import lorax_train.sharding  # noqa: F401
+import lorax_train.model.sharding  # noqa: F401
 from lorax_train.cli import main as lorax_train_main
 from lorax_train.config import TrainConfig
 from lorax_train.console import Console

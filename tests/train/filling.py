@@ -20,7 +20,7 @@ import torch
 
 from lorax_serve.adapter import read
 from lorax_serve.errors import TrainingError
-from lorax_train.checkpoint_files import list_checkpoints, read_checkpoint
+from lorax_train.checkpoints.files import list_checkpoints, read_checkpoint
 from lorax_train.config import (
     DataConfig,
     InjectionConfig,
@@ -30,8 +30,8 @@ from lorax_train.config import (
     TrainConfig,
 )
 from lorax_train.console import Console
+from lorax_train.loop.training_run import TrainingRun
 from lorax_train.run import train
-from lorax_train.training_run import TrainingRun
 
 STEPS, EVERY, FILLED_AFTER = 8, 2, 5
 WEIGHTS = "adapter_model.safetensors"

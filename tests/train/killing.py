@@ -21,8 +21,8 @@ import torch
 
 from lorax_train.config import TrainConfig
 from lorax_train.console import Console
+from lorax_train.loop.training_run import TrainingRun
 from lorax_train.run import train_all
-from lorax_train.training_run import TrainingRun
 
 
 class Killed(Console):

@@ -14,12 +14,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorax_train.config import InjectionConfig, LoopConfig, OptimizerConfig
-from lorax_train.encode import Example
-from lorax_train.estimate import estimate
-from lorax_train.inject import inject
-from lorax_train.loss import TargetLoss
-from lorax_train.trainer import Trainer
-from lorax_train.training_run import TrainingRun
+from lorax_train.data.encode import Example
+from lorax_train.loop.estimate import estimate
+from lorax_train.loop.loss import TargetLoss
+from lorax_train.loop.trainer import Trainer
+from lorax_train.loop.training_run import TrainingRun
+from lorax_train.model.inject import inject
 
 
 def main() -> None:

@@ -22,13 +22,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lorax_train.attention import attend_to_rows, use_row_attention
-from lorax_train.base import load_model
-from lorax_train.batches import Share
 from lorax_train.config import InjectionConfig
-from lorax_train.encode import Example
-from lorax_train.inject import inject
-from lorax_train.loss import TargetLoss
+from lorax_train.data.batches import Share
+from lorax_train.data.encode import Example
+from lorax_train.loop.loss import TargetLoss
+from lorax_train.model.attention import attend_to_rows, use_row_attention
+from lorax_train.model.base import load_model
+from lorax_train.model.inject import inject
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {

@@ -16,7 +16,7 @@ import torch
 
 from lorax_serve.adapter import read
 from lorax_serve.errors import TrainingError
-from lorax_train.checkpoint_files import (
+from lorax_train.checkpoints.files import (
     Checkpoint,
     Damaged,
     list_checkpoints,
@@ -368,7 +368,7 @@ def test_what_a_killed_process_left_is_taken_away(run: Run, out: Path) -> None:
 def test_a_checkpoint_of_another_format_names_who_wrote_it(
     run: Run, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorax_train.checkpoint._FORMAT", 0)
+    monkeypatch.setattr("lorax_train.checkpoints.checkpoint._FORMAT", 0)
     run()
     monkeypatch.undo()
     with pytest.raises(TrainingError, match=r"step-6 was written by lorax-train \d.*another form"):

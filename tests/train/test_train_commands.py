@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from lorax_serve.adapter import CONFIG_FILE, read, save
 from lorax_serve.adapter.probe import Probe
-from lorax_train.base import load_tokenizer
+from lorax_train.adapters.generation import Sampling, generate
 from lorax_train.cli import main
 from lorax_train.commands import COMMANDS
-from lorax_train.generation import Sampling, generate
+from lorax_train.data.tokenizer import load_tokenizer
 
 MakeAdapter = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lorax_train import cpu_attention
-from lorax_train.cpu_attention import causal_attention
+from lorax_train.model import cpu_attention
+from lorax_train.model.cpu_attention import causal_attention
 
 Tensors = list[torch.Tensor]
 

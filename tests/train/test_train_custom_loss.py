@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from lorax_serve.errors import TrainingError
-from lorax_train.base import load_model
-from lorax_train.batches import Share
 from lorax_train.cli import parse
 from lorax_train.config import InjectionConfig, ObjectiveConfig, TrainConfig
 from lorax_train.console import Console
-from lorax_train.custom_loss import load_loss, try_loss
-from lorax_train.encode import Example
-from lorax_train.inject import inject
-from lorax_train.loss import TargetLoss
+from lorax_train.data.batches import Share
+from lorax_train.data.encode import Example
+from lorax_train.loop.custom_loss import load_loss, try_loss
+from lorax_train.loop.loss import TargetLoss
+from lorax_train.model.base import load_model
+from lorax_train.model.inject import inject
 from lorax_train.run import train
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_a_function_comes_from_a_file_or_a_module(
     assert torch.equal(load_loss(f"{path}:smooth")(logits, labels), expected)
     monkeypatch.syspath_prepend(path.parent)
     assert torch.equal(load_loss("losses:smooth")(logits, labels), expected)
-    assert load_loss("lorax_train.loss:cross_entropy")(logits, labels).shape == (3,)
+    assert load_loss("lorax_train.loop.loss:cross_entropy")(logits, labels).shape == (3,)
 
 
 @pytest.mark.parametrize(

@@ -18,17 +18,17 @@ from typing import Any
 import pytest
 
 from lorax_serve.errors import TrainingError
-from lorax_train import rows, token_store
-from lorax_train.base import Tokenizer
-from lorax_train.batches import collate, plan_epoch
 from lorax_train.config import DataConfig, LoopConfig, TrainConfig
 from lorax_train.console import Console
-from lorax_train.content import Message, Messages, PromptCompletion, Text
-from lorax_train.dataset import Dataset, check_files, prepare
-from lorax_train.encode import Example, encode_rows
-from lorax_train.rows import read_rows, read_text
+from lorax_train.data import rows, token_store
+from lorax_train.data.batches import collate, plan_epoch
+from lorax_train.data.content import Message, Messages, PromptCompletion, Text
+from lorax_train.data.dataset import Dataset, check_files, prepare
+from lorax_train.data.encode import Example, encode_rows
+from lorax_train.data.rows import read_rows, read_text
+from lorax_train.data.tokenizer import Tokenizer
+from lorax_train.data.windows import RandomWindows
 from lorax_train.run import train
-from lorax_train.windows import RandomWindows
 
 WriteRows = Callable[..., Path]
 Configure = Callable[..., TrainConfig]
@@ -43,7 +43,7 @@ def dataset(llama: Path, configure: Configure) -> Callable[..., Dataset]:
 
     def make(path: Path, *, seed: int = 0, said: io.StringIO | None = None, **data: Any) -> Dataset:
         config = configure(llama, DataConfig(path, **data), loop=LoopConfig(seed=seed))
-        return prepare(config, llama, Console(said or io.StringIO()))
+        return prepare(config, llama, Console(said or io.StringIO()).warn)
 
     return make
 
@@ -144,7 +144,7 @@ def test_tools_are_rendered_by_the_template_and_not_learned(
     for tools in ([TOOL], json.dumps([TOOL])):
         data = write_rows([{"messages": TURNS, "tools": tools}, {"messages": TURNS}])
         config = configure(model, data)
-        found = prepare(config, model, Console(io.StringIO()))
+        found = prepare(config, model, Console(io.StringIO()).warn)
         first, second = found.examples
         assert found.tokenizer.decode(first.tokens).startswith("<clock><|im_start|>user")
         assert found.tokenizer.decode(second.tokens).startswith("<|im_start|>user")
@@ -274,7 +274,7 @@ def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
 def test_parquet_without_pyarrow_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "lorax_train.parquet", None)
+    monkeypatch.setitem(sys.modules, "lorax_train.data.parquet", None)
     (tmp_path / "a.parquet").write_bytes(b"")
     with pytest.raises(TrainingError, match=r"pip install 'lorax-serve\[parquet\]'"):
         list(read_rows(tmp_path / "a.parquet"))
@@ -394,7 +394,7 @@ def test_stored_examples_are_what_was_encoded_in_any_order(
     llama: Path, configure: Configure, write_rows: WriteRows, pairs: list[dict[str, Any]]
 ) -> None:
     path = write_rows(pairs)
-    found = prepare(configure(llama, path), llama, Console(io.StringIO()))
+    found = prepare(configure(llama, path), llama, Console(io.StringIO()).warn)
     plain, _ = encode_rows(read_rows(path), found.tokenizer, 512)
     assert list(found.examples) == plain
     assert list(found.examples[::3]) == plain[::3]
@@ -492,7 +492,7 @@ def test_runs_on_the_same_rows_share_a_store(
     path, said = write_rows([{"text": "a" * 600}, {"text": "b"}]), io.StringIO()
     configs = [configure(llama, path, lr=lr) for lr in (1e-3, 1e-2)]
     stores: dict[str, token_store.TokenStore] = {}
-    first, second = (prepare(config, llama, Console(said), stores) for config in configs)
+    first, second = (prepare(config, llama, Console(said).warn, stores) for config in configs)
     assert first.examples.store is second.examples.store  # type: ignore[attr-defined]
     assert said.getvalue().count("warning") == 1
 

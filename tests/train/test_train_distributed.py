@@ -19,8 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorax_serve.errors import TrainingError
-from lorax_train.alike import check_alike
-from lorax_train.base import load_model
+from lorax_train.checkpoints.alike import check_alike
 from lorax_train.cli import main
 from lorax_train.config import (
     DataConfig,
@@ -32,12 +31,13 @@ from lorax_train.config import (
     TrainConfig,
 )
 from lorax_train.console import Console
-from lorax_train.dealing import deal
+from lorax_train.data.encode import Example
 from lorax_train.distributed import Processes
-from lorax_train.encode import Example
-from lorax_train.inject import inject
+from lorax_train.loop.dealing import deal
+from lorax_train.loop.training_run import TrainingRun
+from lorax_train.model.base import load_model
+from lorax_train.model.inject import inject
 from lorax_train.run import train, train_all
-from lorax_train.training_run import TrainingRun
 from tests.train.distributing import Outcome, outcome_of
 
 ROWS = [{"prompt": f"{'ab' * (i % 5)}{i}:", "completion": f" {i * i}"} for i in range(16)]

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from lorax_train.base import load_tokenizer
-from lorax_train.batches import collate
 from lorax_train.config import DataConfig, InjectionConfig, TrainConfig
 from lorax_train.console import Console
-from lorax_train.encode import encode_rows
-from lorax_train.loss import TargetLoss, summed_loss
-from lorax_train.rows import read_rows
+from lorax_train.data.batches import collate
+from lorax_train.data.encode import encode_rows
+from lorax_train.data.rows import read_rows
+from lorax_train.data.tokenizer import load_tokenizer
+from lorax_train.loop.loss import TargetLoss, summed_loss
 from lorax_train.run import TrainResult, train
 
 Rows = list[dict[str, Any]]

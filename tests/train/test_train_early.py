@@ -16,7 +16,6 @@ import torch
 
 from lorax_serve.adapter import read
 from lorax_serve.errors import TrainingError
-from lorax_train.base import load_model
 from lorax_train.config import (
     DataConfig,
     InjectionConfig,
@@ -25,11 +24,12 @@ from lorax_train.config import (
     TrainConfig,
 )
 from lorax_train.console import Console
-from lorax_train.encode import Example
-from lorax_train.inject import inject
+from lorax_train.data.encode import Example
 from lorax_train.interrupts import interrupts_held, terminations_interrupt
+from lorax_train.loop.training_run import TrainingRun
+from lorax_train.model.base import load_model
+from lorax_train.model.inject import inject
 from lorax_train.run import TrainResult, train
-from lorax_train.training_run import TrainingRun
 
 Rows = list[dict[str, Any]]
 Learn = Callable[..., tuple[TrainResult, str]]

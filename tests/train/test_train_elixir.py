@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from lorax_serve.adapter import match_weights, read
 from lorax_serve.errors import TrainingError
 from lorax_serve.model.architectures import read_spec
-from lorax_train.base import load_model
 from lorax_train.cli import main
 from lorax_train.elixir import nx
 from lorax_train.elixir.etf import Atom, read_term
 from lorax_train.elixir.nx import read_layers
+from lorax_train.model.base import load_model
 
 Capture = pytest.CaptureFixture[str]
 Layers = dict[str, dict[str, torch.Tensor]]

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from lorax_serve.errors import TrainingError
-from lorax_train.base import Tokenizer, load_tokenizer
 from lorax_train.console import Console
-from lorax_train.content import Content, Message, Messages, PromptCompletion, Text
-from lorax_train.encode import Example, encode_rows
+from lorax_train.data.content import Content, Message, Messages, PromptCompletion, Text
+from lorax_train.data.encode import Example, encode_rows
+from lorax_train.data.rows import Row
+from lorax_train.data.tokenizer import Tokenizer, load_tokenizer
 from lorax_train.report import mark
-from lorax_train.rows import Row
 
 EOS = "<|im_end|>"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorax_train import head
-from lorax_train.head import head_loss, head_loss_reference
+from lorax_train.model import head
+from lorax_train.model.head import head_loss, head_loss_reference
 
 VOCABULARY, WIDTH, TARGETS = 50, 16, 70
 

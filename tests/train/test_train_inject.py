@@ -9,14 +9,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorax_serve.errors import TrainingError
-from lorax_train.base import load_model
-from lorax_train.batches import Batch, collate
 from lorax_train.config import InjectionConfig
-from lorax_train.encode import Example
-from lorax_train.inject import inject, module_shapes
-from lorax_train.loss import TargetLoss
-from lorax_train.start import init_a
-from lorax_train.targets import Targets, resolve_targets
+from lorax_train.data.batches import Batch, collate
+from lorax_train.data.encode import Example
+from lorax_train.loop.loss import TargetLoss
+from lorax_train.model.base import load_model
+from lorax_train.model.inject import inject, module_shapes
+from lorax_train.model.start import init_a
+from lorax_train.model.targets import Targets, resolve_targets
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorax_serve.errors import TrainingError
-from lorax_train.base import load_model
-from lorax_train.lean import LeanMLP, LeanRMSNorm, make_lean
-from lorax_train.lean_ops import compiled_ops
+from lorax_train.model.base import load_model
+from lorax_train.model.lean import LeanMLP, LeanRMSNorm, make_lean
+from lorax_train.model.lean_ops import compiled_ops
 
 CPU = torch.device("cpu")
 

@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorax_train.base import choose_dtype, load_model
-from lorax_train.batches import Share, collate, plan_epoch, split
 from lorax_train.config import InjectionConfig, LoopConfig, OptimizerConfig
 from lorax_train.console import Console, size
-from lorax_train.encode import Example
-from lorax_train.estimate import MemoryEstimate, available_memory, estimate
-from lorax_train.inject import TrainableLoRA, inject
-from lorax_train.lora import Span
-from lorax_train.loss import TargetLoss
+from lorax_train.data.batches import Share, Span, collate, plan_epoch, split
+from lorax_train.data.encode import Example
+from lorax_train.loop.estimate import MemoryEstimate, available_memory, estimate
+from lorax_train.loop.loss import TargetLoss
+from lorax_train.loop.training_run import TrainingRun, lr_factor
+from lorax_train.model.base import choose_dtype, load_model
+from lorax_train.model.inject import TrainableLoRA, inject
 from lorax_train.report import show_memory
-from lorax_train.training_run import TrainingRun, lr_factor
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorax_train.frozen import product_of
-from lorax_train.lora import FrozenProduct, Span, lora_linear, lora_reference
+from lorax_train.data.batches import Span
+from lorax_train.model.frozen import product_of
+from lorax_train.model.lora import FrozenProduct, lora_linear, lora_reference
 
 IN, OUT, TOKENS = 12, 20, 24
 

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from lorax_serve.errors import TrainingError
-from lorax_train.batches import Batch
 from lorax_train.config import DataConfig, LoopConfig, OutputConfig, TrainConfig
 from lorax_train.console import Console
-from lorax_train.estimate import MemoryEstimate, _free_of_container
-from lorax_train.loss import TargetLoss
+from lorax_train.data.batches import Batch
+from lorax_train.loop.estimate import MemoryEstimate, _free_of_container
+from lorax_train.loop.loss import TargetLoss
+from lorax_train.loop.training_run import TrainingRun
 from lorax_train.report import show_memory
 from lorax_train.run import TrainResult, train, train_all
-from lorax_train.training_run import TrainingRun
 
 Rows = list[dict[str, Any]]
 ERRORS = [

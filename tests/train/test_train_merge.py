@@ -222,6 +222,6 @@ def test_nothing_is_left_where_writing_fails(
     def full(source: object, target: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lorax_train.merge.shutil.copyfile", full)
+    monkeypatch.setattr("lorax_train.adapters.merge.shutil.copyfile", full)
     said = refused([str(adapter)], tmp_path / "out", capsys)
     assert "out cannot be written: No space left on device; make room there, or choose" in said

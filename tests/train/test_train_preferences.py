@@ -12,8 +12,6 @@ import torch.nn.functional as F
 
 from lorax_serve.adapter import read
 from lorax_serve.errors import TrainingError
-from lorax_train.base import Tokenizer, load_model
-from lorax_train.batches import Share, count_targets, longest_row
 from lorax_train.cli import main, parse
 from lorax_train.config import (
     DataConfig,
@@ -23,13 +21,16 @@ from lorax_train.config import (
     TrainConfig,
 )
 from lorax_train.console import Console
-from lorax_train.dataset import prepare
-from lorax_train.encode import Example
-from lorax_train.inject import inject_all
-from lorax_train.loss import TargetLoss
-from lorax_train.preference import PreferencePair, encode_preferences
-from lorax_train.preference_loss import PreferenceLoss
-from lorax_train.rows import read_rows
+from lorax_train.data.batches import Share, count_targets, longest_row
+from lorax_train.data.dataset import prepare
+from lorax_train.data.encode import Example
+from lorax_train.data.preference import PreferencePair, encode_preferences
+from lorax_train.data.rows import read_rows
+from lorax_train.data.tokenizer import Tokenizer
+from lorax_train.loop.loss import TargetLoss
+from lorax_train.loop.preference_loss import PreferenceLoss
+from lorax_train.model.base import load_model
+from lorax_train.model.inject import inject_all
 from lorax_train.run import train, train_all
 
 CPU = torch.device("cpu")
@@ -174,14 +175,14 @@ def test_stored_pairs_are_what_was_encoded(
     expected = encoded(path, tokenizer)
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
         config = configure(llama, DataConfig(path, cache=cache), objective=DPO)
-        stored = prepare(config, llama, silent()).examples
+        stored = prepare(config, llama, silent().warn).examples
         assert list(stored) == expected
         assert all(isinstance(pair, PreferencePair) for pair in stored)
         assert count_targets(stored) == count_targets(expected)
         longest = max(len(row.tokens) for pair in expected for row in pair.rows)
         assert len(longest_row(stored).tokens) == len(longest_row(expected).tokens) == longest
     with pytest.raises(TrainingError, match="add --objective dpo"):
-        prepare(configure(llama, DataConfig(path, cache=tmp_path / "cache")), llama, silent())
+        prepare(configure(llama, DataConfig(path, cache=tmp_path / "cache")), llama, silent().warn)
 
 
 def test_only_the_longer_answer_must_fit_the_models_positions(

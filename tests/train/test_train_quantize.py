@@ -23,17 +23,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from lorax_serve.adapter import match_weights, read
 from lorax_serve.adapter.probe import Probe
 from lorax_serve.errors import TrainingError
-from lorax_train.base import load_model
 from lorax_train.cli import main
 from lorax_train.config import DataConfig, InjectionConfig, OutputConfig, Quantize, TrainConfig
 from lorax_train.console import Console
-from lorax_train.encode import Example
-from lorax_train.inject import TrainableLoRA, inject, module_shapes
-from lorax_train.loss import TargetLoss
-from lorax_train.quantize import Int8Weight, NF4Weight, QuantizedLinear, count_parameters
-from lorax_train.quantized_base import load_quantized, original_weights, restorable
+from lorax_train.data.encode import Example
+from lorax_train.loop.loss import TargetLoss
+from lorax_train.loop.training_run import TrainingRun
+from lorax_train.model.base import load_model
+from lorax_train.model.inject import TrainableLoRA, inject, module_shapes
+from lorax_train.model.quantize import Int8Weight, NF4Weight, QuantizedLinear, count_parameters
+from lorax_train.model.quantized_base import load_quantized, original_weights, restorable
 from lorax_train.run import TrainResult, train
-from lorax_train.training_run import TrainingRun
 from tests.train.test_train_probe import Server
 
 Rows = list[dict[str, Any]]
@@ -291,7 +291,7 @@ def test_weights_that_cannot_be_read_back_leave_no_probe_and_a_warning(
             layer.source = None  # as where a weight is made of several tensors
         return model, report
 
-    monkeypatch.setattr("lorax_train.base.load_quantized", converted)
+    monkeypatch.setattr("lorax_train.model.base.load_quantized", converted)
     config = configure(llama, write_rows(pairs), quantize="int8")
     result, said = run(config)
     assert not restorable(result.model)
@@ -449,7 +449,8 @@ def test_a_checkpoint_that_bitsandbytes_quantised_is_refused_before_the_data_is_
 
 def test_a_model_without_linears_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "lorax_train.quantized_base._Quantizer.param_needs_quantization", lambda *_, **__: False
+        "lorax_train.model.quantized_base._Quantizer.param_needs_quantization",
+        lambda *_, **__: False,
     )
     with pytest.raises(TrainingError, match="--quantize int8: model tiny has no linear layer"):
         load(llama, "int8")

@@ -17,18 +17,18 @@ from safetensors import safe_open
 
 from lorax_serve.errors import TrainingError
 from lorax_train import memory
+from lorax_train.adapters.export import model_card
 from lorax_train.cli import parse
 from lorax_train.config import DataConfig, LoopConfig, ObjectiveConfig, OutputConfig, TrainConfig
 from lorax_train.console import Console
-from lorax_train.encode import Example
-from lorax_train.export import model_card
+from lorax_train.data.encode import Example
+from lorax_train.loop.training_run import Evaluation, TrainingRun
 from lorax_train.records.curves import smoothed, to_png, to_svg
 from lorax_train.records.files import write_whole
 from lorax_train.records.log import Curves, JsonLog, read_curves
 from lorax_train.records.page import Report, render_page
 from lorax_train.records.summary import Summary, hub_id
 from lorax_train.run import TrainResult, train, train_all
-from lorax_train.training_run import Evaluation, TrainingRun
 
 Rows = list[dict[str, Any]]
 WriteRows = Callable[..., Path]
@@ -434,7 +434,7 @@ def test_the_weights_of_the_lowest_loss_are_what_the_files_speak_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     losses = iter([4.0, 3.0, 2.0, 2.5])
-    monkeypatch.setattr("lorax_train.trainer.summed_loss", lambda *_: (next(losses), 1))
+    monkeypatch.setattr("lorax_train.loop.trainer.summed_loss", lambda *_: (next(losses), 1))
     data = DataConfig(write_rows(pairs), eval_split=0.25)
     loop = LoopConfig(max_steps=3, batch_size=4, eval_every=1)
     result = train(configure(llama, data, loop=loop), Console(io.StringIO()))

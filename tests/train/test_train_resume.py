@@ -20,8 +20,8 @@ from lorax_train.config import (
     TrainConfig,
 )
 from lorax_train.console import Console
+from lorax_train.loop.training_run import TrainingRun
 from lorax_train.run import TrainResult, train, train_all
-from lorax_train.training_run import TrainingRun
 
 Rows = list[dict[str, Any]]
 Configure = Callable[..., TrainConfig]

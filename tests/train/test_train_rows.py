@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from lorax_serve.errors import TrainingError
-from lorax_train.content import Message, Messages, PromptCompletion, Text
-from lorax_train.rows import read_rows
+from lorax_train.data.content import Message, Messages, PromptCompletion, Text
+from lorax_train.data.rows import read_rows
 
 PAIR = b'{"prompt": "a", "completion": "b"}\n'
 

@@ -23,9 +23,9 @@ from lorax_train.config import (
     TrainConfig,
 )
 from lorax_train.console import Console
-from lorax_train.lean_ops import PLAIN, compiled_ops
+from lorax_train.loop.training_run import TrainingRun
+from lorax_train.model.lean_ops import PLAIN, compiled_ops
 from lorax_train.run import train
-from lorax_train.training_run import TrainingRun
 
 Rows = list[dict[str, Any]]
 Configure = Callable[..., TrainConfig]

@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lorax_serve.adapter import match_weights, read
-from lorax_train.base import load_model
 from lorax_train.cli import main
-from lorax_train.inject import module_shapes
+from lorax_train.model.base import load_model
+from lorax_train.model.inject import module_shapes
 from lorax_train.run import TrainResult, train_all
 
 Rows = list[dict[str, Any]]

@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lorax_train.base import load_model
-from lorax_train.checkpointing import checkpoint_layers
 from lorax_train.config import InjectionConfig, LoopConfig, OptimizerConfig
-from lorax_train.encode import Example
-from lorax_train.inject import inject_all
-from lorax_train.loss import TargetLoss, cross_entropy
-from lorax_train.trainer import Trainer
-from lorax_train.training_run import TrainingRun
+from lorax_train.data.encode import Example
+from lorax_train.loop.loss import TargetLoss, cross_entropy
+from lorax_train.loop.trainer import Trainer
+from lorax_train.loop.training_run import TrainingRun
+from lorax_train.model.base import load_model
+from lorax_train.model.checkpointing import checkpoint_layers
+from lorax_train.model.inject import inject_all
 
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]

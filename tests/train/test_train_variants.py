@@ -18,7 +18,6 @@ from lorax_serve.adapter import match_weights, read
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import Batch, SamplingParams, Sequence
 from lorax_serve.errors import TrainingError
-from lorax_train.base import load_model
 from lorax_train.config import (
     DataConfig,
     InjectionConfig,
@@ -28,8 +27,9 @@ from lorax_train.config import (
     TrainConfig,
 )
 from lorax_train.console import Console
-from lorax_train.inject import inject, module_shapes
-from lorax_train.quantized_base import original_weights
+from lorax_train.model.base import load_model
+from lorax_train.model.inject import inject, module_shapes
+from lorax_train.model.quantized_base import original_weights
 from lorax_train.run import TrainResult, train
 from tests.helpers import TINY_GPT2, TINY_LLAMA, save_tiny_model
 from tests.model.logits_runner import LogitsRunner, load

@@ -1,0 +1,1 @@
+"""Rows: files to tokens, tokens to batches. Knows no model."""

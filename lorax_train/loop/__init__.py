@@ -1,0 +1,1 @@
+"""Training: losses, gradients, steps, and what happens when memory is short."""
