@@ -87,6 +87,9 @@ class Console(TrainingListener):
 
     def stopped(self, run: TrainingRun) -> None:
         """Say that a run has ended early."""
+        if run.record.failure:
+            self.warn(f"{run.record.failure}; this adapter is given up")
+            return
         self.line(
             f"{_named(run)}stopped after step {run.record.steps}: the held-out loss has not fallen "
             f"in {run.loop.patience} evaluations"

@@ -69,7 +69,8 @@ class TrainResult:
         model: the base with the trained layers in it.
         adapter: the trained layers.
         record: steps, losses and times.
-        directory: where the adapter was saved; None if it was interrupted before the first step.
+        directory: where the adapter was saved; None if it was given up, or interrupted before the
+            first step.
         summary: of the run, if it was saved.
     """
 
@@ -103,7 +104,8 @@ def train_all(
             results alone have a summary.
 
     Raises:
-        TrainingError: when data or settings cannot work, naming the row, flag or tensor.
+        TrainingError: when data or settings cannot work, naming the row, flag or tensor; or of
+            adapters that were given up, when the others are saved.
         ModelUnsupported: when there is no such base model.
     """
     processes = processes or Processes()
@@ -227,6 +229,9 @@ def train_all(
     processes.first(lambda: write_reports(reports, console.warn))
     for report in reports:
         console.line(f"report in {report.summary.directory / REPORT_FILE}")
+    if failures := [run.record.failure for run in runs if run.record.failure]:
+        others = "the others are saved" if len(failures) < len(runs) else "nor was any other"
+        raise TrainingError(f"{'; '.join(failures)} ({others})")
     return results
 
 
@@ -245,6 +250,8 @@ def _finish(
     """Save what a run has learned: all processes compute the probe, as a base in pieces needs all
     of them, and the first one writes."""
     record, adapter = run.record, run.adapter
+    if record.failure:
+        return TrainResult(model, adapter, record, None)
     if record.interrupted and not record.steps:
         console.line("interrupted before the first step; nothing was saved")
         return TrainResult(model, adapter, record, None)

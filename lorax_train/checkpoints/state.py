@@ -24,6 +24,7 @@ def state_of(run: TrainingRun) -> dict[str, Any]:
         "seconds": record.seconds,
         "evaluations": [[each.step, each.loss] for each in record.evaluations],
         "stopped_early": record.stopped_early,
+        "failure": record.failure,
         "recent": [list(each) for each in record.recent],
         "gradient_norm": run.gradient_norm,
         "rows": run.rows,
@@ -88,6 +89,7 @@ def restore(run: TrainingRun, state: dict[str, Any], tensors: dict[str, torch.Te
     record.tokens, record.seconds = state["tokens"], state["seconds"]
     record.evaluations = [Evaluation(*each) for each in state["evaluations"]]
     record.stopped_early = state["stopped_early"]
+    record.failure = state.get("failure", "")  # which older checkpoints lack
     record.recent.clear()
     record.recent.extend((loss, n) for loss, n in state["recent"])
     run.gradient_norm = state["gradient_norm"]

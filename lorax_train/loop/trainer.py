@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lorax_serve.errors import TrainingError
 from lorax_train.data.batches import Share
 from lorax_train.data.encode import Example
 from lorax_train.distributed import Processes
@@ -48,7 +49,8 @@ class TrainingListener:
         """There was not enough memory: from here on, no batch has more than ``run.rows`` rows."""
 
     def stopped(self, run: TrainingRun) -> None:
-        """A run has ended before its last step, since its held-out loss no longer falls."""
+        """A run has ended before its last step: its held-out loss no longer falls, or it was given
+        up (``record.failure``)."""
 
     def ended(self, runs: Sequence[TrainingRun]) -> None:
         """Training is over, however it ended."""
@@ -88,9 +90,12 @@ class Trainer:
     def train(self) -> None:
         """Train to the end, or until Ctrl-C, which is recorded and leaves what was learned.
 
+        Of several runs, one whose loss or gradient is no longer a finite number is given up, which
+        its record says, and the others go on.
+
         Raises:
-            TrainingError: when a loss or gradient is no longer a finite number, or a batch of one
-                row does not fit in memory.
+            TrainingError: when that happens to the only run, or a batch of one row does not fit in
+                memory.
         """
         try:
             with self.processes.signals_held():
@@ -110,14 +115,16 @@ class Trainer:
         self._tell(lambda listener: listener.started(self.runs))
         while active := [run for run in self.runs if not run.done]:
             self.processes.stop_if_asked()
-            self._step(active)
-            self._tell(lambda listener, runs=active: listener.stepped(runs))  # type: ignore[misc]
+            stepped = self._step(active)
+            if stepped:
+                self._tell(lambda listener, runs=stepped: listener.stepped(runs))  # type: ignore[misc]
             for run in active:
                 self._evaluate_if_due(run)
             self._tell(lambda listener: listener.settled(self.runs))
 
-    def _step(self, runs: Sequence[TrainingRun]) -> None:
-        """One optimizer step of each run on the mean loss over all targets of its batches."""
+    def _step(self, runs: Sequence[TrainingRun]) -> list[TrainingRun]:
+        """One optimizer step of each run on the mean loss over all targets of its batches; returns
+        those that could make it."""
         started = time.perf_counter()
         steps = [run.next_step() for run in runs]
         for run in runs:
@@ -130,7 +137,19 @@ class Trainer:
                 examples = [example for batch in step for example in batch]
                 targets = sum(example.n_targets for example in examples)
                 tokens = sum(len(example.tokens) for example in examples)
-                run.update(loss, targets, tokens, seconds)
+                try:
+                    run.update(loss, targets, tokens, seconds)
+                except TrainingError as error:
+                    self._give_up(run, error)
+        return [run for run in runs if not run.record.failure]
+
+    def _give_up(self, run: TrainingRun, error: TrainingError) -> None:
+        """End a run of several; what it has computed is its own, so the others lose nothing."""
+        if len(self.runs) == 1:
+            raise error
+        run.record.failure = str(error)
+        run.optimizer.zero_grad()
+        self._tell(lambda listener: listener.stopped(run))
 
     def _gradients(self, runs: Sequence[TrainingRun], steps: Steps) -> list[float]:
         """Add up the gradients of this process's rows of each run, and return their summed losses.
@@ -197,7 +216,7 @@ class Trainer:
 
     def _evaluate_if_due(self, run: TrainingRun) -> None:
         steps, every = run.record.steps, run.loop.eval_every
-        if any(each.step == steps for each in run.record.evaluations):
+        if run.record.failure or any(each.step == steps for each in run.record.evaluations):
             return
         if not steps:
             self._evaluate(run, "before training")
@@ -215,7 +234,11 @@ class Trainer:
         run.adapter.train(False)
 
         total, targets = self._shrinking([run], 2, lambda: self._held_out_sums(run))
-        run.evaluated(total / targets)
+        try:
+            run.evaluated(total / targets)
+        except TrainingError as error:
+            self._give_up(run, error)
+            return
         self._tell(lambda listener: listener.evaluated(run, when))
         if run.record.stopped_early:
             self._tell(lambda listener: listener.stopped(run))

@@ -45,6 +45,8 @@ class TrainingRecord:
     """Before training, after each epoch or as often as was asked for, and at the end."""
     stopped_early: bool = False
     interrupted: bool = False
+    failure: str = ""
+    """Why it was given up, if it was: nothing of it is saved."""
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
     """Summed loss and number of targets of the latest steps."""
 
@@ -129,7 +131,8 @@ class TrainingRun:
     @property
     def done(self) -> bool:
         """Whether there is nothing more to train."""
-        return self.record.stopped_early or self.record.steps >= self.total_steps
+        record = self.record
+        return record.stopped_early or bool(record.failure) or record.steps >= self.total_steps
 
     @property
     def learning_rate(self) -> float:

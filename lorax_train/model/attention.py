@@ -41,7 +41,8 @@ def attend_to_rows(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each row.
 
-    Rows of one length that follow each other are computed in one call.
+    Rows of one length that follow each other are computed in one call; on a CPU in bfloat16, those
+    of like length.
 
     Args:
         module: of the model; not used.
@@ -62,6 +63,8 @@ def attend_to_rows(
     _check(attention_mask, others)
     bounds = row_bounds or (0, query.shape[2])
     lengths = [stop - start for start, stop in pairwise(bounds)]
+    if _suits_cpu(query, max(lengths), sliding_window):
+        return causal_attention(query[0], key[0], value[0], bounds, scaling)[None], None
     grouped = query.shape[1] != key.shape[1]
     parts = []
     start = 0
@@ -75,18 +78,15 @@ def attend_to_rows(
             return part.transpose(1, 2).reshape(batch * count, heads, length, width)  # noqa: B023
 
         mask = _window(length, sliding_window, query.device)
-        if mask is None and _suits_cpu(query, length):
-            found = causal_attention(rows(query), rows(key), rows(value), scaling)
-        else:
-            found = F.scaled_dot_product_attention(
-                rows(query),
-                rows(key),
-                rows(value),
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
+        found = F.scaled_dot_product_attention(
+            rows(query),
+            rows(key),
+            rows(value),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
         parts.append(found.transpose(1, 2).reshape(len(query), count * length, *found.shape[1::2]))
         start = stop
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
@@ -120,9 +120,10 @@ def _no_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> 
         raise ValueError("attention over rows takes no padding: give row_bounds instead")
 
 
-def _suits_cpu(query: torch.Tensor, length: int) -> bool:
+def _suits_cpu(query: torch.Tensor, longest: int, window: int | None) -> bool:
     """Whether there is something faster than the fused kernel, which is good in float32."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and length <= LONGEST
+    suits = query.device.type == "cpu" and query.dtype == torch.bfloat16 and len(query) == 1
+    return suits and longest <= min(LONGEST, window or LONGEST)
 
 
 def _window(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:

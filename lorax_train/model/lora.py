@@ -121,20 +121,21 @@ class _LoRALinear(torch.autograd.Function):
         dy = dy.contiguous()
         branch = x if kept is None else x * kept
         dx = ctx.base.backward_product(dy) if ctx.needs_input_grad[0] else None
-        da, db = torch.zeros_like(a), torch.zeros_like(b)
+        # B's is computed as [N, r, out]: the wide side last is faster.
+        da, db = torch.zeros_like(a), b.new_zeros(len(b), b.shape[2], b.shape[1])
         if size := _equal_parts(ctx.spans, len(a), len(x)):
             dys, hs = dy.view(len(a), size, -1), h.view(len(a), size, -1)
-            torch.bmm(dys.transpose(1, 2), hs, out=db)
+            torch.bmm(hs.transpose(1, 2), dys, out=db)
             dh = torch.bmm(dys, b).mul_(dys.new_tensor(ctx.scales)[:, None, None])
             torch.bmm(dh.transpose(1, 2), branch.view(len(a), size, -1), out=da)
             if dx is not None and kept is None:
                 dx.view(len(a), size, -1).baddbmm_(dh, a)
             elif dx is not None:
                 dx += torch.bmm(dh, a).view(len(x), -1) * kept
-            return dx, da, db, None, None, None, None
+            return dx, da, db.transpose(1, 2), None, None, None, None
         for span in ctx.spans:
             i, at = span.adapter, slice(span.start, span.stop)
-            db[i].addmm_(dy[at].T, h[at])
+            db[i].addmm_(h[at].T, dy[at])
             dh = (dy[at] @ b[i]).mul_(ctx.scales[i])
             da[i].addmm_(dh.T, branch[at])
             if dx is None:
@@ -143,7 +144,7 @@ class _LoRALinear(torch.autograd.Function):
                 dx[at].addmm_(dh, a[i])
             else:
                 dx[at] += (dh @ a[i]) * kept[at]
-        return dx, da, db, None, None, None, None
+        return dx, da, db.transpose(1, 2), None, None, None, None
 
 
 def _equal_parts(spans: Sequence[Span], adapters: int, tokens: int) -> int:

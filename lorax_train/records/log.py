@@ -8,7 +8,7 @@ Events, all with ``step`` (steps made so far) and ``epoch`` (passes over the dat
   ``seconds`` (so far), ``tokens_per_second`` (of this step), ``memory_bytes``, and what the
   objective measures;
 - ``evaluation``: ``loss`` on the held-out rows, ``when``, and what the objective measures;
-- ``end``: ``interrupted``, ``stopped_early``.
+- ``end``: ``interrupted``, ``stopped_early``, and ``failure``, why the run was given up.
 
 A number that is not finite is written as null, so that every line is JSON.
 """
@@ -98,7 +98,11 @@ class JsonLog(TrainingListener):
         for run in runs:
             record = run.record
             self._write(
-                run, "end", interrupted=record.interrupted, stopped_early=record.stopped_early
+                run,
+                "end",
+                interrupted=record.interrupted,
+                stopped_early=record.stopped_early,
+                failure=record.failure,
             )
         for file in self._files.values():
             file.close()

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lorax_train.model import cpu_attention
+from lorax_train.model.attention import attend_to_rows
 from lorax_train.model.cpu_attention import causal_attention
 
 Tensors = list[torch.Tensor]
+LENGTHS = [[1], [7, 7, 7], [64, 130, 3, 65, 1, 129, 200], [5, 300, 128, 31]]
 
 
-def drawn(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> Tensors:
-    """Query, key, value and the output's gradient of ``(B, heads, kv_heads, L, d)``."""
-    batch, heads, kv_heads, length, width = shape
-    generator = torch.Generator().manual_seed(length)
+def drawn(lengths: Sequence[int], heads: int, kv_heads: int, dtype: torch.dtype) -> Tensors:
+    """Query, key and value ``[h, T, 16]``, and the output's gradient ``[T, heads, 16]``."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    tokens = sum(lengths)
+    shapes = [(heads, tokens), (kv_heads, tokens), (kv_heads, tokens), (tokens, heads)]
     return [
-        torch.randn(batch, n, length, width, generator=generator, dtype=torch.float64).to(dtype)
-        for n in (heads, kv_heads, kv_heads, heads)
+        torch.randn(*shape, 16, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in shapes
     ]
 
 
-def computed(tensors: Tensors, *, fused: bool, scale: float | None = None) -> Tensors:
+def computed(
+    tensors: Tensors, lengths: Sequence[int], *, fused: bool, scale: float | None = None
+) -> Tensors:
     """The output, and the gradients of query, key and value."""
     *inputs, dout = tensors
     q, k, v = (each.clone().requires_grad_() for each in inputs)
+    bounds = [0, *accumulate(lengths)]
     if fused:
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        rows = []
+        for start, stop in pairwise(bounds):
+            row_q, row_k, row_v = (each[None, :, start:stop] for each in (q, k, v))
+            grouped = len(q) != len(k)
+            rows += F.scaled_dot_product_attention(
+                row_q, row_k, row_v, is_causal=True, scale=scale, enable_gqa=grouped
+            )
+        out = torch.cat(rows, dim=1).transpose(0, 1)
     else:
-        out = causal_attention(q, k, v, scale)
+        out = causal_attention(q, k, v, bounds, scale)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
@@ -41,34 +55,39 @@ def off(found: Tensors, exact: Tensors) -> list[float]:
     return [float((a.double() - b).norm() / (b.norm() or 1)) for a, b in pairs]
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [(1, 4, 4, 1, 8), (3, 4, 2, 7, 8), (2, 9, 3, 64, 16), (1, 6, 1, 65, 16), (2, 8, 2, 200, 32)],
-)
-def test_it_is_as_exact_as_the_fused_kernel(shape: tuple[int, int, int, int, int]) -> None:
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3), (6, 1)])
+def test_it_is_as_exact_as_the_fused_kernel(heads: int, kv_heads: int, lengths: list[int]) -> None:
     for dtype, most in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
-        tensors = drawn(shape, dtype)
-        exact = computed([each.double() for each in tensors], fused=True)
-        ours = off(computed(tensors, fused=False), exact)
-        theirs = off(computed(tensors, fused=True), exact)
+        tensors = drawn(lengths, heads, kv_heads, dtype)
+        before = [each.clone() for each in tensors]
+        exact = computed([each.double() for each in tensors], lengths, fused=True)
+        ours = off(computed(tensors, lengths, fused=False), exact)
+        theirs = off(computed(tensors, lengths, fused=True), exact)
         for a, b in zip(ours, theirs, strict=True):
             assert a <= max(1.5 * b, most)
+        assert all(map(torch.equal, tensors, before))
 
 
 def test_many_pieces_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = drawn((5, 4, 2, 130, 16), torch.float32)
-    monkeypatch.setattr(cpu_attention, "_QUERIES", 1000)
-    whole = computed(tensors, fused=False, scale=0.3)
+    lengths = [130, 129, 131, 128, 3]
+    tensors = drawn(lengths, 4, 2, torch.float32)
+    monkeypatch.setattr(cpu_attention, "_WHOLE", 1000)
+    whole = computed(tensors, lengths, fused=False, scale=0.3)
+    monkeypatch.setattr(cpu_attention, "_WHOLE", 1)
     monkeypatch.setattr(cpu_attention, "_QUERIES", 48)
-    monkeypatch.setattr(cpu_attention, "_SCORES", 3 * 2 * 48 * 130)  # not a divisor of all
-    for found, expected in zip(computed(tensors, fused=False, scale=0.3), whole, strict=True):
+    monkeypatch.setattr(cpu_attention, "_SCORES", 3 * 2 * 48 * 131)  # not a divisor of all
+    pieces = computed(tensors, lengths, fused=False, scale=0.3)
+    for found, expected in zip(pieces, whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    for found, expected in zip(computed(tensors, fused=True, scale=0.3), whole, strict=True):
+    for found, expected in zip(
+        computed(tensors, lengths, fused=True, scale=0.3), whole, strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_of_the_scores_nothing_is_kept() -> None:
-    q, k, v, _ = drawn((1, 4, 2, 96, 8), torch.float32)
+    q, k, v, _ = drawn([96, 20], 4, 2, torch.float32)
     kept: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,5 +95,34 @@ def test_of_the_scores_nothing_is_kept() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        causal_attention(q.requires_grad_(), k, v)
+        causal_attention(q.requires_grad_(), k, v, [0, 96, 116])
     assert sum(kept) == sum(each.untyped_storage().nbytes() for each in (q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window", "expected"),
+    [
+        (torch.bfloat16, None, 1),
+        (torch.bfloat16, 20, 1),
+        (torch.bfloat16, 19, 0),
+        (torch.float32, None, 0),
+    ],
+)
+def test_it_is_taken_where_it_is_faster_and_the_rows_are_seen_whole(
+    dtype: torch.dtype, window: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def spy(*args: object) -> torch.Tensor:
+        calls.append(args)
+        return causal_attention(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("lorax_train.model.attention.causal_attention", spy)
+    q, k, v, _ = (each[None] for each in drawn([20, 9], 4, 2, dtype))
+    found, _ = attend_to_rows(None, q, k, v, row_bounds=(0, 20, 29), sliding_window=window)
+    assert len(calls) == expected
+    monkeypatch.setattr("lorax_train.model.attention.LONGEST", 0)
+    plain, _ = attend_to_rows(None, q, k, v, row_bounds=(0, 20, 29), sliding_window=window)
+    assert len(calls) == expected
+    assert found.shape == plain.shape
+    torch.testing.assert_close(found, plain, rtol=2e-2, atol=2e-2)

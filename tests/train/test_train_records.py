@@ -87,7 +87,7 @@ def test_the_log_has_every_step_and_evaluation(
     assert held_out == result.record.eval_losses
     assert lines[-1] == {
         **{"event": "end", "step": 6, "epoch": 2.0},
-        **{"interrupted": False, "stopped_early": False},
+        **{"interrupted": False, "stopped_early": False, "failure": ""},
     }
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lorax_train.config import (
 from lorax_train.console import Console
 from lorax_train.loop.training_run import TrainingRun
 from lorax_train.model.lean_ops import PLAIN, compiled_ops
-from lorax_train.run import train
+from lorax_train.run import train, train_all
 
 Rows = list[dict[str, Any]]
 Configure = Callable[..., TrainConfig]
@@ -180,6 +181,27 @@ def test_a_loss_that_is_no_number_stops_the_run(
     with pytest.raises(TrainingError, match=r"step \d: the .* not a finite number.*lower --lr"):
         train(config, silent())
     assert [path.name for path in config.output.directory.iterdir()] == ["log.jsonl"]
+
+
+@pytest.mark.parametrize("also", [False, True])
+def test_of_several_those_that_diverge_are_named_and_the_others_saved(
+    also: bool, llama: Path, configure: Configure, write_rows: WriteRows, pairs: Rows
+) -> None:
+    data = write_rows(pairs)
+    configs = []
+    for name, lr in (("calm", 1e30 if also else 1e-3), ("wild", 1e30)):
+        config = configure(llama, data, optimizer=OptimizerConfig(lr=lr))
+        output = dataclasses.replace(config.output, directory=config.output.directory / name)
+        configs.append(dataclasses.replace(config, name=name, output=output))
+    said = io.StringIO()
+    ending = "nor was any other" if also else "the others are saved"
+    with pytest.raises(TrainingError, match=rf"of wild is not a finite number.*\({ending}\)$"):
+        train_all(configs, Console(said))
+    assert "wild is not a finite number" in said.getvalue()
+    calm, wild = (config.output.directory for config in configs)
+    assert (calm / "adapter_model.safetensors").exists() is not also
+    assert [path.name for path in wild.iterdir()] == ["log.jsonl"]
+    assert json.loads((wild / "log.jsonl").read_text().splitlines()[-1])["failure"]
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,26 @@ def test_each_of_many_learns_what_it_learns_alone(base: Path, plans: list[Plan])
             torch.testing.assert_close(tensor, theirs[name], atol=2e-4, rtol=1e-3)
 
 
+def test_one_that_diverges_is_given_up_and_the_others_learn_what_they_would(llama: Path) -> None:
+    plans = [
+        MIXED[0],
+        plan(2, lr=1e30, held_out=3),
+        plan(3, lr=1e30, held_out=3, loop={"eval_every": 1}),  # may be seen in its evaluation first
+        MIXED[2],
+    ]
+    _, together = train_together(llama, plans)
+    for each, run in zip(plans, together, strict=True):
+        if each.optimizer.lr == 1e30:
+            assert "not a finite number" in run.record.failure
+            assert run.record.steps < run.total_steps
+            continue
+        assert not run.record.failure
+        _, (alone,) = train_together(llama, [each])
+        theirs = alone.adapter.tensors(torch.float32)
+        for name, tensor in run.adapter.tensors(torch.float32).items():
+            torch.testing.assert_close(tensor, theirs[name], atol=2e-4, rtol=1e-3)
+
+
 def test_early_stop_ends_one_run_and_the_best_weights_are_kept(llama: Path) -> None:
     _, (stopped, other) = train_together(llama, [MIXED[5], MIXED[0]])
     record = stopped.record
