@@ -36,7 +36,7 @@ def computed(
     q, k, v = (each.clone().requires_grad_() for each in inputs)
     bounds = [0, *accumulate(lengths)]
     if fused:
-        rows = []
+        rows: Tensors = []
         for start, stop in pairwise(bounds):
             row_q, row_k, row_v = (each[None, :, start:stop] for each in (q, k, v))
             grouped = len(q) != len(k)
