@@ -5,7 +5,8 @@ meets all of them. Tokens are counted without padding. What is compared:
 
 - mixed: prompt and completion rows of 25 to 300 tokens, batch 8;
 - full: rows of 256 tokens of text, all learned, batch 4;
-- many: 8 adapters of rank 8, batch 1 x 128 each, at once, against one after another.
+- many: 8 adapters of rank 8, batch 1 x 128 each, at once, against one after another; also with
+  activation checkpointing, for less memory.
 
 PEFT's baseline is what its users write: transformers' Trainer with bf16, adapters in float32 under
 autocast. ``tuned`` also has rows of like length share a batch. Both start from the same A and see
@@ -42,6 +43,7 @@ def cases(steps: int) -> dict[str, dict[str, Any]]:
         "full_ours": {"system": "ours", **full},
         "full_peft": {"system": "peft", **full},
         "many_ours": {"system": "ours", **many, "steps": steps},
+        "many_checkpointed": {"system": "ours", "checkpointing": True, **many, "steps": steps},
         "many_one_by_one": {"system": "ours", "one_by_one": True, **many, "steps": steps},
         "one_ours": {"system": "ours", **many, "adapters": 1, "steps": steps},
     }
@@ -99,13 +101,18 @@ def measure(options: Any) -> dict[str, Any]:
             figures[f"{kind}_loss_difference"] = digits(curve_difference(ours, theirs))
     if "mixed_tuned" in results:
         figures["mixed_times_tuned"] = ratio(figures, "mixed_ours_tok_s", "mixed_tuned_tok_s")
-    if "many_ours" in results:
+    if "many_ours" in results and "one_ours" in results:
         figures["many_times"] = ratio(figures, "many_ours_tok_s", "many_one_by_one_tok_s")
         figures["many_memory"] = ratio(figures, "many_ours_gb", "one_ours_gb")
+        figures["many_checkpointed_times"] = ratio(
+            figures, "many_checkpointed_tok_s", "many_one_by_one_tok_s"
+        )
+        figures["many_checkpointed_memory"] = ratio(figures, "many_checkpointed_gb", "one_ours_gb")
     if options.out:
         write_result(options.out, "training", {
             "settings": {"dtype": dtype, "repeats": options.repeats, "steps": options.steps},
             "figures": figures,
+            "rounds": {name: [digits(speed(each)) for each in r] for name, r in results.items()},
             "losses": {name: [s["loss"] for s in r[0]["steps"]] for name, r in results.items()},
         })  # fmt: skip
         plot(options.out / "training.png", results)
@@ -137,8 +144,8 @@ def plot(path: Path, results: Mapping[str, list[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    flags = parser(__doc__)
-    flags.add_argument("--steps", type=int, default=20)
+    flags = parser(__doc__, repeats=3)
+    flags.add_argument("--steps", type=int, default=12)
     flags.add_argument("--threads", type=int, default=2)
     flags.add_argument("--cases", nargs="+", choices=("mixed", "full", "many", "one"))
     print(json.dumps(measure(flags.parse_args())))

@@ -27,6 +27,7 @@ from lorax_train.loop.loss import TargetLoss
 from lorax_train.loop.trainer import Trainer, TrainingListener
 from lorax_train.loop.training_run import TrainingRun
 from lorax_train.model.base import load_model
+from lorax_train.model.checkpointing import checkpoint_layers
 from lorax_train.model.inject import inject_all
 from lorax_train.model.start import init_a
 
@@ -85,6 +86,8 @@ def ours(case: dict[str, Any]) -> list[dict[str, float]]:
         model, [lora] * len(rows), case["model"], [SEED + i for i in range(len(rows))]
     )
     loss.routing = adapters[0].routing
+    if case.get("checkpointing"):
+        checkpoint_layers(model, loss.routing)
     settings = OptimizerConfig(lr=LR, schedule="constant", warmup_ratio=0.0, max_grad_norm=1.0)
     loop = LoopConfig(batch_size=case["batch"], max_steps=case["steps"], seed=SEED)
     runs = [
