@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import struct
 import zlib
@@ -338,6 +340,28 @@ def test_what_does_not_fit_is_refused_with_what_to_do(
     assert message in err
     assert err.count("\n") == 1
     assert not out.exists()
+
+
+def test_on_a_full_disk_it_says_what_to_do_and_can_be_run_again(
+    write: Callable[[bytes], Path],
+    tiny_gpt2: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    command = imported(write(serialized(numbered())), tiny_gpt2, out)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert main(command) == 2
+    said = capsys.readouterr().err
+    assert f"{out} cannot be written: No space left on device; make room there, or choose" in said
+    assert not list(out.glob("**/*"))
+    assert main(command) == 0
 
 
 def test_places_that_cannot_be_used_are_named(

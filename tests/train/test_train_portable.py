@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,25 @@ def test_wrong_arguments_are_named(
     save(huge, read(huge).config, tensors)
     assert main(["export", str(huge), "--portable", "--out", str(tmp_path / "out")]) == 2
     assert "overflows once it is scaled" in capsys.readouterr().err
+
+
+def test_on_a_full_disk_it_says_what_to_do_and_can_be_run_again(
+    make_adapter: MakeAdapter, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, out = make_adapter("a", target_modules=["q_proj"]), tmp_path / "out"
+    command = ["export", str(adapter), "--portable", "--out", str(out)]
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert main(command) == 2
+    said = capsys.readouterr().err
+    assert f"{out} cannot be written: No space left on device; make room there, or choose" in said
+    assert not list(out.glob("**/*"))
+    assert main(command) == 0
+    assert read(out).config.r == read(adapter).config.r
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
