@@ -50,11 +50,12 @@ class StoreWriter:
     def __init__(self, directory: Path) -> None:
         self.warnings: list[str] = []
         self._summary = directory / _SUMMARY
-        self._files = ExitStack()
-        self._tokens, self._trained, self._table = (
-            self._files.enter_context((directory / name).open("wb"))
-            for name in (_TOKENS, _TRAINED, _TABLE)
-        )
+        with ExitStack() as opened:
+            self._tokens, self._trained, self._table = (
+                opened.enter_context((directory / name).open("wb"))
+                for name in (_TOKENS, _TRAINED, _TABLE)
+            )
+            self._files = opened.pop_all()
         self._n_tokens = self._n_examples = 0
 
     def add(self, example: Example, file: int, number: int) -> None:
