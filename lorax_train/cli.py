@@ -19,6 +19,7 @@ from lorax_train import config as c
 from lorax_train.commands import COMMANDS, run_command
 from lorax_train.config_file import ADAPTERS, ConfigFile, dump, read_config
 from lorax_train.interrupts import terminations_interrupt
+from lorax_train.threads import let_idle_threads_sleep
 
 __all__ = ["Command", "main", "parse", "read_command"]
 
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Of several processes on a machine, one speaks: all of them are told the same.
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     if given and given[0] in COMMANDS:
-        _let_idle_threads_sleep()
+        let_idle_threads_sleep()
         return run_command(given)
     try:
         command = read_command(argv)
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             print(dump([_flags_of(config) for config in command.configs]), end="")
             return 0
-        _let_idle_threads_sleep()
+        let_idle_threads_sleep()
         # Heavy imports only now, so that --help and a wrong flag answer at once.
         from transformers.utils import logging as hf_logging
 
@@ -129,15 +130,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("lorax-train: interrupted; nothing was saved", file=sys.stderr)
         return _INTERRUPTED
     return _INTERRUPTED if any(result.record.interrupted for result in results) else 0
-
-
-def _let_idle_threads_sleep() -> None:
-    """Have OpenMP's threads sleep where they would spin; to be called before torch is imported.
-
-    Where another process has one of two cores, spinning made a step of smollm2-135m take 6 to 12
-    seconds instead of 0.6, because every operation waits for the thread that was descheduled.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def parse(argv: Sequence[str] | None = None) -> c.TrainConfig:

@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.command import parser
 from benchmarks.measure import digits
 from benchmarks.record import has_bfloat16, write_result
+from lorax_train.threads import let_idle_threads_sleep
 
 _WARM = 3
 
@@ -77,6 +78,7 @@ def curve_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> floa
 
 def measure(options: Any) -> dict[str, Any]:
     """All cases by turns; medians over the rounds."""
+    let_idle_threads_sleep()  # of the workers of all systems
     dtype = "bfloat16" if has_bfloat16() else "float32"
     wanted = {
         name: {**case, "model": options.model, "dtype": dtype, "threads": options.threads}

@@ -22,7 +22,7 @@ NEEDED = ["--data", "rows.jsonl", "--out", "out"]
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # which main() would set for good
 
 
 def test_defaults_need_only_data_and_a_place() -> None:

@@ -26,7 +26,7 @@ PROBE = Probe((5, 6, 7, 8), ((9, 2.0), (10, 1.0)), (0.5, 1.0), 1.5, "ab" * 32, "
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # which main() would set for good
 
 
 def error(argv: list[str], capsys: Capture) -> str:

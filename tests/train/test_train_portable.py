@@ -35,7 +35,7 @@ PLAIN = {
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # which main() would set for good
 
 
 @torch.no_grad()

@@ -339,7 +339,7 @@ def test_a_sweep_over_beta_in_a_file_with_layers_computed_again(
     preferences: Rows,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # which main() would set for good
     file = tmp_path / "sweep.yaml"
     out = tmp_path / "sweep"
     file.write_text(

@@ -386,7 +386,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: Any) -> str:
 
 @pytest.fixture
 def _passive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # which main() would set for good
 
 
 @pytest.mark.usefixtures("_passive")

@@ -14,7 +14,7 @@ PAIR = '{"prompt": "w5 w6", "completion": "w7"}\n'
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # which main() would set for good
 
 
 def refuse(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -37,7 +37,7 @@ def results(monkeypatch: pytest.MonkeyPatch) -> list[TrainResult]:
         return results
 
     monkeypatch.setattr("lorax_train.run.train_all", spy)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # which main() would set for good
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # which main() would set for good
     return kept
 
 
@@ -139,7 +139,7 @@ def test_what_the_server_would_refuse_is_said_before_training(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
     more = ["--max-steps", "1", "--batch-size", "4", "--targets", targets]
     assert main(argv_for(base, write_rows(PAIRS), tmp_path / "adapter", *more)) == 0
     said = capsys.readouterr().err
