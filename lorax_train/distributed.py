@@ -211,15 +211,24 @@ def join_processes() -> Iterator[Processes]:
     from torch.distributed.rendezvous import rendezvous  # which not every build of torch has
 
     meet: Any = rendezvous  # whose types are not declared
-    store, rank, world = next(iter(meet("env://", timeout=_TIMEOUT)))
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world,
-        timeout=_TIMEOUT,
-    )
+    try:
+        store, rank, world = next(iter(meet("env://", timeout=_TIMEOUT)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=_TIMEOUT,
+        )
+    except (RuntimeError, ValueError) as error:
+        given = ", ".join(f"{name}={os.environ[name]}" for name in _ENVIRONMENT)
+        raise TrainingError(
+            f"the processes do not find each other ({given}): {str(error).splitlines()[0]}; "
+            "MASTER_ADDR and MASTER_PORT must be a free port of the first process's machine that "
+            "the others reach, each RANK below WORLD_SIZE must be there once, and a process that "
+            "is to train alone must have none of the four"
+        ) from error
     group = _Group(rank, world, int(os.environ.get("LOCAL_RANK", "0")))
     well = False
     try:
@@ -227,6 +236,7 @@ def join_processes() -> Iterator[Processes]:
         group.total([])  # so that nobody takes an early end for a loss
         well = True
     except BaseException as error:
+        _ignore_signals()  # torchrun sends one to the others as soon as one has ended
         if isinstance(error, OtherProcessFailed) or not _fails_first(store, rank):
             time.sleep(_GRACE)
             raise OtherProcessFailed("another process has failed") from error
@@ -254,6 +264,12 @@ def _fails_first(store: Any, rank: int) -> bool:
         return bool(store.compare_set(_FAILED, "", str(rank)) == str(rank).encode())
     except RuntimeError:  # who holds the store was killed, and has said nothing
         return True
+
+
+def _ignore_signals() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _is_of_connection(error: BaseException) -> bool:

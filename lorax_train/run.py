@@ -133,17 +133,18 @@ def train_all(
     check_dense(first.model, source, first.quantize)
     datasets = []
     stores: dict[str, TokenStore] = {}
-    cached = any(config.data.cache for config in configs)
+    # Which may be given to some of the processes only.
+    cached = any(processes.gather(any(config.data.cache for config in configs)))
     with processes.machine_first() if cached else nullcontext():
         for config in configs:
             with _naming(config):
                 datasets.append(prepare(config, source, console.warn, stores))
     fingerprint = _fingerprint(source, console)
-    check_same_task(processes, configs, datasets, fingerprint or first.model, dtype)
+    base = fingerprint or first.model
+    check_same_task(processes, configs, datasets, base, dtype, device, dry_run=dry_run)
     checkpoints = None
     if processes.is_first:
-        identified = fingerprint or first.model
-        checkpoints = Checkpoints(configs, datasets, identified, dtype, console, processes.world)
+        checkpoints = Checkpoints(configs, datasets, base, dtype, console, processes.world)
     with _out_of_memory_explained():
         # Whole on the CPU, where it is to be in pieces on the device.
         place = torch.device("cpu") if first.fsdp else device
@@ -158,7 +159,7 @@ def train_all(
                     check_fit(config, model, examples)
         try_function(first, function, model)
         trial = datasets[0].examples[0].rows[0]
-        ops = compiled_ops() if first.compile else PLAIN
+        ops = compiled_ops(device, dtype) if first.compile else PLAIN
         loss = TargetLoss.prepare(model, trial, function=function, ops=ops)
         adapters = inject_all(
             model,
@@ -215,7 +216,6 @@ def train_all(
         begin_alike(processes, runs)
         check_alike(processes, runs)
         trainer.train()
-        check_alike(processes, runs)
     served = obstacle is None
     results = [
         _finish(console, config, model, run, data, source, fingerprint, processes, served=served)
@@ -229,9 +229,10 @@ def train_all(
     processes.first(lambda: write_reports(reports, console.warn))
     for report in reports:
         console.line(f"report in {report.summary.directory / REPORT_FILE}")
-    if failures := [run.record.failure for run in runs if run.record.failure]:
-        others = "the others are saved" if len(failures) < len(runs) else "nor was any other"
-        raise TrainingError(f"{'; '.join(failures)} ({others})")
+    failures = [run.record.failure for run in runs if run.record.failure]
+    if failures and not trainer.interrupted:
+        saved = "the others are saved" if len(failures) < len(runs) else "nothing was saved"
+        raise TrainingError(f"{'; '.join(failures)} ({saved})")
     return results
 
 

@@ -27,6 +27,9 @@ def check_same_task(
     datasets: Sequence[Dataset],
     model: str,
     dtype: torch.dtype,
+    device: torch.device,
+    *,
+    dry_run: bool = False,
 ) -> None:
     """Make sure that all processes have the same settings, rows and base model.
 
@@ -35,6 +38,8 @@ def check_same_task(
         configs, datasets: of each adapter, in this process.
         model: identifies the base's weights.
         dtype: of the base.
+        device: of this process; which one is its own, but all are of a kind.
+        dry_run: whether nothing is to be trained.
 
     Raises:
         TrainingError: naming what differs, and the data's path.
@@ -46,6 +51,8 @@ def check_same_task(
         {
             **identity(config, data, model, name),
             # On these the result does not depend, but what processes wait for does.
+            "--device": device.type,
+            "--dry-run": dry_run,
             "--fsdp": config.fsdp,
             "--batch-size": config.loop.batch_size,
             "--checkpointing": config.loop.checkpointing,
@@ -107,7 +114,7 @@ def check_alike(processes: Processes, runs: Sequence[TrainingRun]) -> None:
 
 
 class Alike(TrainingListener):
-    """``check_alike`` before each checkpoint.
+    """``check_alike`` before each checkpoint, and before anything is made of the result.
 
     Args:
         processes: that train together.
@@ -123,3 +130,7 @@ class Alike(TrainingListener):
         step = max(run.record.steps for run in runs)
         if self.every is not None and step % self.every == 0:
             check_alike(self.processes, runs)
+
+    def ending(self, runs: Sequence[TrainingRun]) -> None:
+        """Check what will be saved."""
+        check_alike(self.processes, runs)

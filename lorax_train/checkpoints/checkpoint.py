@@ -20,7 +20,7 @@ from lorax_train.checkpoints.files import (
     read_checkpoint,
     write_checkpoint,
 )
-from lorax_train.checkpoints.identity import differences, identity
+from lorax_train.checkpoints.identity import ADDED_LATER, differences, identity
 from lorax_train.checkpoints.state import restore, state_of, tensors_of
 from lorax_train.config import TrainConfig
 from lorax_train.console import Console
@@ -115,8 +115,10 @@ class Checkpoints(TrainingListener):
         if self._every is not None and step % self._every == 0:
             self._write(runs)
 
-    def ended(self, runs: Sequence[TrainingRun]) -> None:
-        """Write a last one if this is no error: of all that was learned."""
+    def ending(self, runs: Sequence[TrainingRun]) -> None:
+        """Write a last one, of all that was learned."""
+        if all(run.record.failure for run in runs):
+            return
         if all(run.done for run in runs):
             if self._every or self._resuming or list_checkpoints(self.root):
                 self._write(runs)
@@ -127,7 +129,7 @@ class Checkpoints(TrainingListener):
 
     def _write(self, runs: Sequence[TrainingRun]) -> None:
         step = _step(runs)
-        if step in self._written:
+        if not step or step in self._written:
             return
         state = _environment(runs[0], self._processes) | {
             "format": _FORMAT,
@@ -194,7 +196,11 @@ class Checkpoints(TrainingListener):
             found = [f"there were {len(before)} adapters and are {len(self._identities)}"]
         else:
             pairs = zip(before, self._identities, self._names, strict=True)
-            found = [name + each for old, new, name in pairs for each in differences(old, new)]
+            found = [
+                name + each
+                for old, new, name in pairs
+                for each in differences({**ADDED_LATER, **old}, new)
+            ]
         if found:
             raise TrainingError(
                 f"--resume: {path} is of another training: {'; '.join(found)}. Give "

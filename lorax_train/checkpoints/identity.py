@@ -13,7 +13,10 @@ from lorax_train.config import TrainConfig
 from lorax_train.data.dataset import Dataset
 from lorax_train.data.encode import Example
 
-__all__ = ["differences", "identity"]
+__all__ = ["ADDED_LATER", "differences", "identity"]
+
+ADDED_LATER = {"--compile": False}
+"""What identities of earlier versions do not have, and what it was then."""
 
 # Of these, the result does not depend; or what they name is in the identity in another way.
 _LEFT_OUT = {

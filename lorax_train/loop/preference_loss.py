@@ -167,6 +167,10 @@ class PreferenceLoss:
             return {}
         return {"reward_margin": margin / pairs, "reward_accuracy": correct / pairs}
 
+    def forget_figures(self, adapter: int) -> None:
+        """Drop what has been seen of an adapter's pairs: they will be seen again."""
+        self._sums.pop(adapter, None)
+
     def _note(self, batch: PreferenceBatch, margin: torch.Tensor) -> None:
         found = margin.detach().cpu()
         for span in batch.target_spans:
@@ -191,6 +195,11 @@ class PreferenceFigures(TrainingListener):
         """Of the step's pairs."""
         for run in runs:
             run.figures = self.loss.take_figures(run.adapter.index, self.processes)
+
+    def shrunk(self, runs: Sequence[TrainingRun]) -> None:
+        """All of it is computed again."""
+        for run in runs:
+            self.loss.forget_figures(run.adapter.index)
 
     def evaluated(self, run: TrainingRun, when: str) -> None:
         """Of the held-out pairs."""

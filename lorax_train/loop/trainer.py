@@ -52,6 +52,9 @@ class TrainingListener:
         """A run has ended before its last step: its held-out loss no longer falls, or it was given
         up (``record.failure``)."""
 
+    def ending(self, runs: Sequence[TrainingRun]) -> None:
+        """Training is over, and this is no error: it has come to its end, or was interrupted."""
+
     def ended(self, runs: Sequence[TrainingRun]) -> None:
         """Training is over, however it ended."""
 
@@ -98,12 +101,14 @@ class Trainer:
                 memory.
         """
         try:
-            with self.processes.signals_held():
-                self._train()
-        except KeyboardInterrupt:
-            self.interrupted = True
-            for run in self.runs:
-                run.record.interrupted = not run.done
+            try:
+                with self.processes.signals_held():
+                    self._train()
+            except KeyboardInterrupt:
+                self.interrupted = True
+                for run in self.runs:
+                    run.record.interrupted = not run.done
+            self._tell(lambda listener: listener.ending(self.runs))
         finally:
             self._tell(lambda listener: listener.ended(self.runs))
         for run in self.runs:
@@ -146,7 +151,7 @@ class Trainer:
     def _give_up(self, run: TrainingRun, error: TrainingError) -> None:
         """End a run of several; what it has computed is its own, so the others lose nothing."""
         if len(self.runs) == 1:
-            raise error
+            raise TrainingError(f"{error}; nothing was saved") from error
         run.record.failure = str(error)
         run.optimizer.zero_grad()
         self._tell(lambda listener: listener.stopped(run))

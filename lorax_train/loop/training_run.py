@@ -186,8 +186,8 @@ class TrainingRun:
             what = "gradient" if math.isfinite(loss) else "loss"
             of = f" of {self.name}" if self.name else ""
             raise TrainingError(
-                f"step {step}: the {what}{of} is not a finite number, so nothing was saved; try a "
-                f"lower --lr (now {self.config.lr:g}), a longer --warmup-ratio, or --dtype float32"
+                f"step {step}: the {what}{of} is not a finite number; try a lower "
+                f"--lr (now {self.config.lr:g}), a longer --warmup-ratio, or --dtype float32"
             )
         factor = lr_factor(self.config, step, self.total_steps)
         for group in self.optimizer.param_groups:

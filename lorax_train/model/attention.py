@@ -63,7 +63,7 @@ def attend_to_rows(
     _check(attention_mask, others)
     bounds = row_bounds or (0, query.shape[2])
     lengths = [stop - start for start, stop in pairwise(bounds)]
-    if _suits_cpu(query, max(lengths), sliding_window):
+    if _suits_cpu(query, value, max(lengths), sliding_window):
         return causal_attention(query[0], key[0], value[0], bounds, scaling)[None], None
     grouped = query.shape[1] != key.shape[1]
     parts = []
@@ -120,9 +120,10 @@ def _no_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> 
         raise ValueError("attention over rows takes no padding: give row_bounds instead")
 
 
-def _suits_cpu(query: torch.Tensor, longest: int, window: int | None) -> bool:
+def _suits_cpu(query: torch.Tensor, value: torch.Tensor, longest: int, window: int | None) -> bool:
     """Whether there is something faster than the fused kernel, which is good in float32."""
     suits = query.device.type == "cpu" and query.dtype == torch.bfloat16 and len(query) == 1
+    suits = suits and query.shape[-1] == value.shape[-1]
     return suits and longest <= min(LONGEST, window or LONGEST)
 
 

@@ -63,8 +63,11 @@ PLAIN = LeanOps(_norm, _norm_gradient, _gated, _gated_gradient)
 
 
 @functools.cache
-def compiled_ops() -> LeanOps:
+def compiled_ops(device: torch.device, dtype: torch.dtype) -> LeanOps:
     """The same, through torch.compile, for rows of any number; tried out once.
+
+    Args:
+        device, dtype: on which and in which they will be used.
 
     Raises:
         TrainingError: there is no compiler, saying what is needed.
@@ -73,8 +76,10 @@ def compiled_ops() -> LeanOps:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what torch imports then
             made: Any = [_compiled(each) for each in PLAIN]
-            ops, x = LeanOps(*made), torch.ones(2, 8)
-            ops.norm(x, x[0], 1e-5)
+            ops, x = LeanOps(*made), torch.ones(2, 8, dtype=dtype, device=device)
+            _, scale = ops.norm(x, x[0], 1e-5)
+            ops.norm_gradient(x, x, scale, x[0])
+            ops.gated_gradient(x, ops.gated(x, x), x)
     except Exception as error:  # inductor's own, by the version, or the compiler's
         first = str(error).strip().partition("\n")[0]
         raise TrainingError(

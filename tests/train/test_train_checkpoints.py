@@ -23,6 +23,7 @@ from lorax_train.checkpoints.files import (
     read_checkpoint,
     write_checkpoint,
 )
+from lorax_train.checkpoints.identity import identity
 from lorax_train.cli import main, parse
 from lorax_train.config import (
     DataConfig,
@@ -97,6 +98,22 @@ def test_the_newest_are_kept_and_no_code_is_in_them(run: Run, out: Path) -> None
     ]
     run(steps=7, every=1, keep_checkpoints=4, overwrite=True)
     assert steps_in(out) == [4, 5, 6, 7]
+
+
+def test_checkpoints_from_before_a_setting_existed_can_be_gone_on_from(
+    run: Run, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def earlier(*args: Any) -> dict[str, Any]:
+        found = identity(*args)
+        del found["--compile"]
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lorax_train.checkpoints.checkpoint.identity", earlier)
+        run(steps=6)
+    shutil.rmtree(out / "checkpoints" / "step-6")
+    _, said = run(steps=6, resume=True)
+    assert "resume     after step 4" in said
 
 
 def test_without_the_flag_there_are_none(run: Run, out: Path) -> None:

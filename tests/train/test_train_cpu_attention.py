@@ -86,6 +86,13 @@ def test_many_pieces_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_values_of_another_width_are_left_to_the_fused_kernel() -> None:
+    q, k, v, _ = (each[None] for each in drawn([20, 9], 4, 2, torch.bfloat16))
+    found, _ = attend_to_rows(None, q, k, v[..., :8], row_bounds=(0, 20, 29))
+    whole, _ = attend_to_rows(None, q, k, v, row_bounds=(0, 20, 29))
+    torch.testing.assert_close(found, whole[..., :8], rtol=2e-2, atol=2e-2)
+
+
 def test_of_the_scores_nothing_is_kept() -> None:
     q, k, v, _ = drawn([96, 20], 4, 2, torch.float32)
     kept: list[int] = []

@@ -355,6 +355,21 @@ def test_an_error_of_one_process_ends_all_with_one_message(
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_torchrun_ending_the_others_is_no_interruption(tricked: Callable[..., list[str]]) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    ended = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", "-m", *tricked("out", "--lr", "1e30")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode != 0
+    assert ended.stderr.count("not a finite number") == 1
+    assert ended.stderr.count("lorax-train: error:") == 1
+    assert "interrupted" not in ended.stderr
+
+
 def test_a_lack_of_memory_amid_pieces_ends_all(
     tricked: Callable[..., list[str]], start: Start
 ) -> None:
@@ -386,6 +401,23 @@ def test_other_rows_in_another_process_are_refused(
     ended = start(tricked(), tricked("out", "--lr", "0.5"))
     said = "".join(each.said for each in ended)
     assert "different things: --lr is 0.01 and 0.5. Give all of them the same flags" in said
+    ended = start(tricked("out", "--cache", str(tmp_path)), tricked("out", "--dry-run"))
+    said = "".join(each.said for each in ended)
+    assert "different things: --dry-run is False and True. Give all of them" in said
+
+
+def test_processes_that_cannot_meet_are_told_what_is_wrong(
+    tricked: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "some")
+    assert main(tricked()[1:]) == 2
+    said = capsys.readouterr().err
+    assert "the processes do not find each other (RANK=0, WORLD_SIZE=1, MASTER_ADDR=loc" in said
+    assert "MASTER_PORT must be a free port" in said
 
 
 def test_a_wrong_flag_is_said_once(tricked: Callable[..., list[str]], start: Start) -> None:

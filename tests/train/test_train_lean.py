@@ -58,11 +58,11 @@ def test_outputs_have_the_same_bits_and_gradients_agree(llama: Path, dtype: torc
 def test_compiled_they_agree(llama: Path, dtype: torch.dtype) -> None:
     plain = load_model("tiny", llama, dtype, CPU)
     compiled = copy.deepcopy(plain)
-    assert make_lean(plain) == make_lean(compiled, compiled_ops())
+    assert make_lean(plain) == make_lean(compiled, compiled_ops(CPU, dtype))
     for rows in (40, 23):  # of any number
         start, wanted = torch.randn(2, rows, 32).to(dtype).unbind()
         for path in ("model.norm", "model.layers.1.mlp"):
-            assert getattr(compiled.get_submodule(path), "ops", None) is compiled_ops()
+            assert getattr(compiled.get_submodule(path), "ops", None) is compiled_ops(CPU, dtype)
             expected, _ = run(plain.get_submodule(path), start, wanted)
             found, _ = run(compiled.get_submodule(path), start, wanted)
             off = (found - expected).float().norm() / expected.float().norm()
@@ -79,7 +79,7 @@ def test_without_a_compiler_it_says_what_is_missing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "compile", broken)
     compiled_ops.cache_clear()
     with pytest.raises(TrainingError, match=r"--compile: .*needs g\+\+.*no g\+\+ here$"):
-        compiled_ops()
+        compiled_ops(CPU, torch.float32)
     compiled_ops.cache_clear()
 
 

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from lorax_train.data.preference import PreferencePair, encode_preferences
 from lorax_train.data.rows import read_rows
 from lorax_train.data.tokenizer import Tokenizer
 from lorax_train.loop.loss import TargetLoss
-from lorax_train.loop.preference_loss import PreferenceLoss
+from lorax_train.loop.preference_loss import PreferenceFigures, PreferenceLoss
 from lorax_train.model.base import load_model
 from lorax_train.model.inject import inject_all
 from lorax_train.run import train, train_all
@@ -283,6 +284,11 @@ def test_loss_and_gradient_are_those_of_plain_autograd(
     assert first["reward_margin"] == pytest.approx(sum(margins[:5]) / 5, abs=1e-4)
     assert first["reward_accuracy"] == sum(m > 0 for m in margins[:5]) / 5
     assert dpo.take_figures(0) == {}
+    dpo(dpo.collate(shares, 0))
+    run: Any = SimpleNamespace(adapter=adapters[0])
+    PreferenceFigures(dpo).shrunk([run])  # all of it will be computed again
+    dpo(dpo.collate(shares, 0))
+    assert dpo.take_figures(0) == first
 
 
 def test_training_learns_to_prefer(
