@@ -142,8 +142,14 @@ class Int8Weight(nn.Module):
         self.register_buffer("scale", scale)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """A new dense tensor, multiplied in float32 and rounded once."""
-        return (self.whole * self.scale).to(dtype)
+        """A new dense tensor, multiplied in float32 and rounded once: a few rows at a time, so that
+        no float32 matrix exists, which the C library would keep."""
+        found = torch.empty(self.whole.shape, dtype=dtype, device=self.whole.device)
+        rows = max(1, _PIECE // self.whole.shape[1])
+        parts = zip(found.split(rows), self.whole.split(rows), self.scale.split(rows), strict=True)
+        for part, whole, scale in parts:
+            part.copy_(whole * scale)
+        return found
 
 
 class QuantizedProduct:
