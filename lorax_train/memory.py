@@ -28,14 +28,18 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def give_back_at_once() -> None:
+def give_back_at_once(large: int = _LARGE) -> None:
     """From now on, return the memory of each large tensor to the system as soon as it is freed; so
     the next one's must be asked for, which takes time. Otherwise, where large tensors come and go
     between small ones that stay, glibc's heap holds 2.0 GB for 0.8 GB (smollm2-135m, layer by
-    layer)."""
+    layer).
+
+    Args:
+        large: in bytes, what is.
+    """
     option = _of_the_c_library("mallopt")
     if option is not None:
-        option(_MMAP_THRESHOLD, _LARGE)
+        option(_MMAP_THRESHOLD, large)
     give_back_memory()
 
 

@@ -146,8 +146,8 @@ class Int8Weight(nn.Module):
         no float32 matrix exists, which the C library would keep."""
         found = torch.empty(self.whole.shape, dtype=dtype, device=self.whole.device)
         rows = max(1, _PIECE // self.whole.shape[1])
-        parts = zip(found.split(rows), self.whole.split(rows), self.scale.split(rows), strict=True)
-        for part, whole, scale in parts:
+        parts = (torch.split(each, rows) for each in (found, self.whole, self.scale))
+        for part, whole, scale in zip(*parts, strict=True):
             part.copy_(whole * scale)
         return found
 

@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lorax_serve.errors import ModelUnsupported, TrainingError
 from lorax_serve.model.shards import open_shards
 from lorax_train.config import Quantize
-from lorax_train.memory import give_back_memory
+from lorax_train.memory import give_back_at_once, give_back_memory
 from lorax_train.model.quantize import QuantizedLinear, check_available, count_parameters
 
 __all__ = ["load_quantized", "original_weights", "quantization_warnings", "restorable"]
@@ -34,6 +34,9 @@ __all__ = ["load_quantized", "original_weights", "quantization_warnings", "resto
 _METHOD = "lorax"
 # Of the parameters that should be in quantised layers for them to be worth it.
 _WORTH = 0.25
+
+_DENSE = 4 << 20
+"""Bytes of a dense weight whose memory counts: it comes and goes with each product."""
 
 
 @register_quantization_config(_METHOD)
@@ -133,6 +136,8 @@ def load_quantized(
             quantise.
     """
     check_available(quantize)
+    if device.type == "cpu":
+        give_back_at_once(_DENSE)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     load: Any
     with ExitStack() as stack:
