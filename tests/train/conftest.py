@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +165,19 @@ def configure(tmp_path: Path) -> Callable[..., TrainConfig]:
         return TrainConfig(model=str(model), device="cpu", dtype="float32", **parts)
 
     return make
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+    """Within ``with full_disk():`` nothing can be made durable."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", full)
+            yield
+
+    return context

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import random
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,8 @@ from lorax_train.elixir import nx
 from lorax_train.elixir.etf import Atom, read_term
 from lorax_train.elixir.nx import read_layers
 from lorax_train.model.base import load_model
+
+FullDisk = Callable[[], AbstractContextManager[None]]
 
 Capture = pytest.CaptureFixture[str]
 Layers = dict[str, dict[str, torch.Tensor]]
@@ -347,16 +347,12 @@ def test_on_a_full_disk_it_says_what_to_do_and_can_be_run_again(
     tiny_gpt2: Path,
     tmp_path: Path,
     capsys: Capture,
-    monkeypatch: pytest.MonkeyPatch,
+    full_disk: FullDisk,
 ) -> None:
     out = tmp_path / "out"
     command = imported(write(serialized(numbered())), tiny_gpt2, out)
 
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
+    with full_disk():
         assert main(command) == 2
     said = capsys.readouterr().err
     assert f"{out} cannot be written: No space left on device; make room there, or choose" in said

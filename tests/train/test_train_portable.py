@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from lorax_serve.model.architectures import read_spec
 from lorax_train.cli import main
 from lorax_train.config import DataConfig, InjectionConfig, OutputConfig, TrainConfig
 from tests.fidelity.variants import GPT2, UNTIED, VARIANTS, write_variant
+
+FullDisk = Callable[[], AbstractContextManager[None]]
 
 MakeAdapter = Callable[..., Path]
 WriteRows = Callable[..., Path]
@@ -178,16 +179,12 @@ def test_wrong_arguments_are_named(
 
 
 def test_on_a_full_disk_it_says_what_to_do_and_can_be_run_again(
-    make_adapter: MakeAdapter, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    make_adapter: MakeAdapter, tmp_path: Path, capsys: Capture, full_disk: FullDisk
 ) -> None:
     adapter, out = make_adapter("a", target_modules=["q_proj"]), tmp_path / "out"
     command = ["export", str(adapter), "--portable", "--out", str(out)]
 
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
+    with full_disk():
         assert main(command) == 2
     said = capsys.readouterr().err
     assert f"{out} cannot be written: No space left on device; make room there, or choose" in said
