@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 BENCHMARKS := offline over_grpc startup popularity many_adapters thrash cold_load base_tax \
 	long_prompt prefix load_disturbance load_scaling batch_invariance quantized_base
 
-.PHONY: setup demo elixir-guide test fidelity lint proto bench bench-peers bench-train bench-all gpu-check clean
+.PHONY: setup demo elixir-guide test kernel-test fidelity lint proto bench bench-peers bench-train bench-all gpu-check clean
 
 setup: $(READY)
 
@@ -28,6 +28,10 @@ elixir-guide: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not slow and not peers"
+
+# The GPU's kernels against their references in torch, in Triton's interpreter.
+kernel-test: setup
+	$(BIN)/python -m pytest tests/gpu -m "not gpu and not slow"
 
 # Every variant of LoRA that PEFT writes, in one mixed batch, against PEFT alone.
 fidelity: setup

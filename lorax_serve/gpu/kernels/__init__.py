@@ -1,0 +1,1 @@
+"""The calls of ``gpu.ops`` as Triton kernels; they import triton."""
