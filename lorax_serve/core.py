@@ -12,6 +12,7 @@ from lorax_serve.report import LoadReport
 __all__ = [
     "BASE",
     "NEVER",
+    "PENDING",
     "AdapterInfo",
     "AdapterScale",
     "AdapterStats",
@@ -34,6 +35,9 @@ __all__ = [
 
 BASE = -1
 """The slot of rows without an adapter: the base model is not an adapter and takes no slot."""
+
+PENDING = -1
+"""In place of a token that is being computed, until the device has said which it is."""
 
 NEVER = 1 << 62
 """A position that no sequence reaches."""
@@ -233,7 +237,7 @@ class Sequence:
     """A request as the engine knows it: token ids and numbers.
 
     Attributes:
-        tokens: the prompt, then what was generated.
+        tokens: the prompt, then what was generated; the last may be ``PENDING``.
         adapter: the adapter's version (the load's sequence number); None is the base model.
         computed: how many of ``tokens`` have their keys and values in the cache.
         kv_slot: its row of the KV cache, -1 while it waits.
@@ -243,6 +247,7 @@ class Sequence:
         cache_key: None for the base model.
         priority: in [-2, 2]; each level doubles its flow's share.
         weight: its adapter's share.
+        end: as many tokens as it may have.
         charged: how many of ``tokens`` its flow was charged for; more than ``computed`` while a
             preempted sequence is computed again.
         arrived: ``time.perf_counter`` at arrival.
@@ -264,6 +269,7 @@ class Sequence:
     cache_key: CacheKey | None = None
     priority: int = 0
     weight: int = 1
+    end: int = NEVER
     charged: int = 0
     arrived: float = 0.0
     queue_seconds: float | None = None
@@ -277,6 +283,11 @@ class Sequence:
     def remaining(self) -> int:
         """Number of tokens that the next step could compute: 1 when decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether its last token is not known yet."""
+        return self.tokens[-1] == PENDING
 
     def slot_at(self, position: int) -> int:
         """The adapter slot of one of its tokens."""

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from lorax_serve.config import EngineConfig
-from lorax_serve.core import Batch, CacheKey, EngineStats, Sequence, StopReason, TokenOutput
+from lorax_serve.core import (
+    PENDING,
+    Batch,
+    CacheKey,
+    EngineStats,
+    Sequence,
+    StopReason,
+    TokenOutput,
+)
 from lorax_serve.engine.adapter_loader import AdapterLoader, Load, LoadFinished
 from lorax_serve.engine.adapter_slots import AdapterSlots
 from lorax_serve.engine.adapter_store import AdapterStore
@@ -31,7 +39,7 @@ from lorax_serve.engine.prefill_budget import PrefillBudget
 from lorax_serve.engine.probing import Prober
 from lorax_serve.engine.scheduler import Scheduler
 from lorax_serve.errors import AdapterRejected, EngineFailed, LoraxError
-from lorax_serve.model.runner import ModelRunner
+from lorax_serve.model.runner import Launched, ModelRunner
 from lorax_serve.model.sampler import Sample
 
 __all__ = ["Engine"]
@@ -39,8 +47,28 @@ __all__ = ["Engine"]
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that the device computes.
+
+    Attributes:
+        places: where in its tokens each of ``launched.sequences`` has ``PENDING`` for the step's
+            sample.
+    """
+
+    batch: Batch
+    launched: Launched
+    places: list[int]
+    started: float
+
+
 class Engine:
     """Continuous batching of one model with many adapters.
+
+    Where the device works by itself, a step is launched before the last one's tokens are known:
+    they stay on the device, where the next step takes them from, and what is to be done with them
+    here is done while it runs. A sequence that turns out to have ended was computed once too often;
+    that result is dropped.
 
     Args:
         config: sizes and limits.
@@ -72,12 +100,15 @@ class Engine:
         self._report = StepReport()
         self._last_batch = Batch()
         self._step_seconds = 0.0
+        self._flight: _Flight | None = None
+        self._landed = 0.0
 
     @property
     def busy(self) -> bool:
         """Whether there is a step to do, before another message has come."""
         scheduler = self._scheduler
-        return bool(scheduler.running or scheduler.waiting) and not self._stalled
+        work = bool(scheduler.running or scheduler.waiting) and not self._stalled
+        return work or self._flight is not None
 
     def handle(
         self,
@@ -111,31 +142,65 @@ class Engine:
                 self._reply(Reply(call_id, self.check_integrity()))
 
     def step(self) -> None:
-        """Compute one step for everything that runs."""
+        """Launch a step for everything that runs, and take in the results of the one before; of
+        this one, if the device cannot work by itself."""
+        if not self._scheduler.may_run_ahead:
+            self._land()
         started = time.perf_counter()
         self._last_batch = batch = self._scheduler.schedule()
         self._bring_in_adapters(batch)
         for sequence, _ in batch.prefills:
             if sequence.queue_seconds is None:
                 sequence.queue_seconds = started - sequence.arrived
-        if not (batch or batch.copies):
-            return
+        flight = self._launch(batch, started) if batch or batch.copies else None
+        self._land()
+        self._flight = flight
+        if not self._runner.runs_ahead:
+            self._land()
+
+    def _launch(self, batch: Batch, started: float) -> _Flight | None:
         try:
-            results = self._runner.run(batch)
+            launched = self._runner.launch(batch)
         except Exception as error:  # out of memory, say: these requests fail, the engine goes on
-            log.exception("a step failed")
-            self._fail(batch.sequences, f"the step failed: {type(error).__name__}: {error}")
-            self._rows.forget()  # what was copied for the step may be half there
-            return
+            self._step_failed(batch, error)
+            return None
         for sequence, length in batch.prefills:
             sequence.computed += length
         for sequence in batch.decodes:
             sequence.computed += 1
-        for sequence, sample in results:
-            self._advance(sequence, sample)
-        self._step_seconds = time.perf_counter() - started
+        places = [len(sequence.tokens) for sequence in launched.sequences]
+        for sequence in launched.sequences:
+            sequence.tokens.append(PENDING)
+        return _Flight(batch, launched, places, started)
+
+    def _land(self) -> None:
+        """Take in the results of the step that was launched last, if they were not yet."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        launched = flight.launched
+        try:
+            samples = launched.samples()
+        except Exception as error:
+            self._step_failed(flight.batch, error)
+            return
+        for sequence, place, sample in zip(launched.sequences, flight.places, samples, strict=True):
+            # Others have ended since the launch.
+            if self._scheduler.find(sequence.request_id) is sequence:
+                self._advance(sequence, place, sample)
+        # While steps overlap, one takes from the last one's end to its own.
+        now = time.perf_counter()
+        self._step_seconds = now - max(flight.started, self._landed)
+        self._landed = now
+        batch = flight.batch
         prompt_tokens = sum(length for _, length in batch.prefills)
         self._prefill_budget.observe(len(batch.decodes), prompt_tokens, self._step_seconds)
+
+    def _step_failed(self, batch: Batch, error: Exception) -> None:
+        log.exception("a step failed", exc_info=error)
+        here = [s for s in batch.sequences if self._scheduler.find(s.request_id) is s]
+        self._fail(here, f"the step failed: {type(error).__name__}: {error}")
+        self._rows.forget()  # what was copied for the step may be half there
 
     def take_report(self) -> StepReport:
         """What happened since the last report."""
@@ -181,6 +246,7 @@ class Engine:
                 cache_key=key,
                 priority=command.priority,
                 weight=command.weight,
+                end=min(len(command.tokens) + command.max_new_tokens, self._runner.max_length),
                 arrived=time.perf_counter(),
             )
         )
@@ -210,8 +276,8 @@ class Engine:
         # If all that is to do needs weights that are being read, the engine sleeps until they come.
         self._stalled = idle and self._store.reading > 0
 
-    def _advance(self, sequence: Sequence, sample: Sample) -> None:
-        """Append a sampled token, report it, and end the sequence if it was the last."""
+    def _advance(self, sequence: Sequence, place: int, sample: Sample) -> None:
+        """Put a sampled token in its place, report it, and end the sequence if it was the last."""
         if sample.token_id is None:
             self._fail(
                 [sequence],
@@ -219,8 +285,9 @@ class Engine:
                 "the adapter's weights are too large for this model or dtype",
             )
             return
-        sequence.tokens.append(sample.token_id)
-        reason = self._stop_reason(sequence, sample.token_id)
+        sequence.tokens[place] = sample.token_id
+        generated = place + 1 - sequence.prompt_length
+        reason = self._stop_reason(sequence, sample.token_id, place + 1)
         self._report.tokens.append(
             TokenOutput(
                 sequence.request_id,
@@ -228,18 +295,19 @@ class Engine:
                 reason,
                 logprob=sample.logprob,
                 top_logprobs=sample.top_logprobs,
-                queue_seconds=sequence.queue_seconds if sequence.generated == 1 else None,
+                queue_seconds=sequence.queue_seconds if generated == 1 else None,
             )
         )
         if reason is not StopReason.NOT_FINISHED:
             self._release(sequence)
 
-    def _stop_reason(self, sequence: Sequence, token_id: int) -> StopReason:
+    def _stop_reason(self, sequence: Sequence, token_id: int, tokens: int) -> StopReason:
+        """Whether a sequence ends with its token ``token_id``, with which it has ``tokens``."""
         if token_id in sequence.eos_token_ids:
             return StopReason.EOS_TOKEN
-        if sequence.generated >= sequence.max_new_tokens:
+        if tokens - sequence.prompt_length >= sequence.max_new_tokens:
             return StopReason.MAX_TOKENS
-        if len(sequence.tokens) >= self._runner.max_length:
+        if tokens >= self._runner.max_length:
             return StopReason.TOKEN_LIMIT
         return StopReason.NOT_FINISHED
 
@@ -251,6 +319,10 @@ class Engine:
             self._release(sequence, may_hold_nan=True)
 
     def _release(self, sequence: Sequence, *, may_hold_nan: bool = False) -> None:
+        if sequence.is_pending:
+            # The step that computes it may yet turn out to have written NaN.
+            sequence.tokens.pop()
+            sequence.computed = min(sequence.computed, len(sequence.tokens) - 1)
         # A sequence that never gave a token may have computed NaN without anybody seeing it.
         sound = bool(sequence.generated) and not may_hold_nan
         if not sound:

@@ -99,6 +99,10 @@ class KVRows:
         self._resize(row, self._taken[row] + 1)
         return True
 
+    def has_room(self) -> bool:
+        """Whether every running sequence could have another block."""
+        return len(self._running) <= self._obtainable()
+
     def commit(self, sequence: Sequence) -> None:
         """Let others find what a running sequence has computed."""
         if self._caching and sequence.computed >= BLOCK:

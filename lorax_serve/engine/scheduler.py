@@ -98,6 +98,15 @@ class Scheduler:
         """Queue a sequence."""
         self._queue.add(sequence)
 
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether the next step can be chosen before the tokens of the last one are known: nobody
+        will have to give its row up, and nobody's next token depends on more than is known."""
+        if not self._rows.has_room():
+            return False
+        running = self._running.values()
+        return all(not s.is_pending or s.sampling.repetition_penalty == 1 for s in running)
+
     def schedule(self) -> Batch:
         """Admit what fits and choose the next step's work; empty if there is none."""
         batch = Batch()
@@ -107,7 +116,8 @@ class Scheduler:
         preempted = self._secure_memory()
         prompts = []
         for sequence in self._running.values():
-            if self._is_parked(sequence):
+            # One whose last token is being computed may have all that it can have.
+            if self._is_parked(sequence) or len(sequence.tokens) >= sequence.end:
                 continue
             if sequence.remaining == 1:
                 batch.decodes.append(sequence)

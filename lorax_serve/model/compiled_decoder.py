@@ -13,7 +13,8 @@ from lorax_serve.kernels.build import KernelsUnavailable
 from lorax_serve.kernels.cpu import ADD, GATED, WRITE, WRITE_FLOAT, load
 from lorax_serve.kernels.packing import PANEL, Arena, PackedLinear, step_of
 from lorax_serve.kernels.structs import AttentionArgs, PromptArgs, RowsArgs
-from lorax_serve.model.decoder import ForwardBatch, rope_tables
+from lorax_serve.model.base_model import rope_tables
+from lorax_serve.model.decoder import ForwardBatch
 from lorax_serve.model.kv_cache import KVCache
 from lorax_serve.model.lora_ops import replace_logits
 from lorax_serve.model.packed_lora import PackedAdapter, PackedBatch, PackedLoRA
@@ -70,6 +71,11 @@ class CompiledDecoder:
         self._attend_scratch = self.kernels.attend_scratch(group, spec.head_dim, max_length)
         self._capacity = 0
         self._reserve(1)
+
+    @property
+    def base(self) -> CompiledDecoder:
+        """Its weights, which it unpacks when asked: itself."""
+        return self
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """See ``Decoder.forward``."""

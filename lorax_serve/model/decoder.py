@@ -7,39 +7,21 @@ the other. Everything but attention treats all rows alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from lorax_serve.model.folded import FoldedAdapter
+from lorax_serve.model.base_model import BaseModel, rope_tables
 from lorax_serve.model.kv_cache import KVCache
-from lorax_serve.model.lora_ops import add_lora_segment, replace_logits, scale_and_shift
+from lorax_serve.model.layout import PromptChunk
 from lorax_serve.model.multi_lora import LoRABatch, MultiLoRA
-from lorax_serve.model.spec import SITES_PER_LAYER, Activation, DecoderSpec
+from lorax_serve.model.spec import SITES_PER_LAYER
 from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
 
-__all__ = ["Decoder", "ForwardBatch", "PromptChunk", "rope_tables"]
-
-_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class PromptChunk:
-    """Rows ``[start, end)`` are positions ``[end_position - (end - start), end_position)``."""
-
-    start: int
-    end: int
-    slot: int
-    end_position: int
+__all__ = ["Decoder", "ForwardBatch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +66,7 @@ class _Step:
 
 
 class Decoder:
-    """The base model; stateless but for its weights and its adapter slots.
+    """The base model with its adapter slots.
 
     Attributes:
         lora: the device's adapter slots.
@@ -94,15 +76,9 @@ class Decoder:
     kernels = None
 
     def __init__(self, weights: DecoderWeights) -> None:
-        self.spec = weights.spec
-        self._embedding = weights.embedding
-        self._positions = weights.positions
-        self._layers = list(weights.layers)
-        self._norm = weights.norm
-        self._head = weights.head
-        self.dtype, self.device = self._embedding.dtype, self._embedding.device
+        self.base = BaseModel(weights)
+        self.spec, self.dtype, self.device = self.base.spec, self.base.dtype, self.base.device
         self.lora = MultiLoRA([*self.spec.sites(), self.spec.output_site()], self.device)
-        self._activation = _ACTIVATIONS[self.spec.activation]
         self._rope = None
         if self.spec.inv_freq is not None:
             cos, sin = rope_tables(self.spec)
@@ -116,70 +92,24 @@ class Decoder:
         for ``logits``.
         """
         step = self._prepare(batch, cache)
-        x = F.embedding(batch.token_ids.to(self.device), self._embedding)
+        x = self.base.embed(batch.token_ids.to(self.device))
         if step.lora is not None:
             step.lora.embed(batch.token_ids.to(self.device), x)
-        if self._positions is not None:
-            x = x + F.embedding(batch.positions.to(self.device), self._positions)
-        for index, layer in enumerate(self._layers):
+        x = self.base.embed_positions(x, batch.positions.to(self.device))
+        for index, layer in enumerate(self.base.layers):
             site = index * SITES_PER_LAYER
             h = self._normed(x, layer.input_norm, step.lora, site)
             qkv = _linear(layer.qkv, h, step.lora, site)
             attended = self._attend(layer, index, qkv, step, cache)
             x = x + _linear(layer.o, attended, step.lora, site + 1)
             h = self._normed(x, layer.post_norm, step.lora, site + 2)
-            h = self._activated(_linear(layer.gate_up, h, step.lora, site + 2))
+            h = self.base.activated(_linear(layer.gate_up, h, step.lora, site + 2))
             x = x + _linear(layer.down, h, step.lora, site + 3)
         return x
 
     def logits(self, hidden: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
-        """From hidden states to scores of tokens.
-
-        Args:
-            hidden: rows of ``forward``'s result, ``[rows, hidden]``.
-            slots: the adapter slot of each, ``BASE`` for none.
-
-        Returns:
-            float32 ``[rows, vocab]``.
-        """
-        logits = F.linear(self._normed(hidden, self._norm), self._head).float()
-        for rows, adapter in self.lora.output_changes(slots):
-            logits[rows] = self._own_logits(hidden[rows], adapter)
-        return logits
-
-    def site_weights(self, site: int) -> LinearWeights:
-        """See ``fold.BaseWeights``."""
-        layer, part = divmod(site, SITES_PER_LAYER)
-        if layer == len(self._layers):
-            return LinearWeights(self._head)
-        weights = self._layers[layer]
-        return (weights.qkv, weights.o, weights.gate_up, weights.down)[part]
-
-    def norm_weights(self, site: int) -> Norm | None:
-        """See ``fold.BaseWeights``."""
-        layer, part = divmod(site, SITES_PER_LAYER)
-        if layer == len(self._layers):
-            return self._norm
-        return (self._layers[layer].input_norm, None, self._layers[layer].post_norm, None)[part]
-
-    def embedding_weights(self) -> torch.Tensor:
-        """See ``fold.BaseWeights``."""
-        return self._embedding
-
-    def _own_logits(self, hidden: torch.Tensor, adapter: FoldedAdapter) -> torch.Tensor:
-        """Of rows that share an adapter that changes the output."""
-        lora, output = adapter.sites[-1], adapter.output
-        norm = self._norm if lora is None or lora.norm is None else lora.norm
-        weight = self._head if output is None or output.weight is None else output.weight
-        h = self._normed(hidden, norm)
-        y = F.linear(h, weight)
-        if lora is not None:
-            add_lora_segment(h, y, lora)
-            y = y if lora.plain else scale_and_shift(y, lora, None)
-        y = y.float()
-        if output is not None and output.tokens is not None:
-            replace_logits(y, h, output.tokens)
-        return y
+        """See ``BaseModel.logits``."""
+        return self.base.logits(hidden, slots, self.lora)
 
     def _prepare(self, batch: ForwardBatch, cache: KVCache) -> _Step:
         positions, slots = batch.positions.to(self.device), batch.kv_slots.to(self.device)
@@ -200,23 +130,13 @@ class Decoder:
         )
 
     def _normed(
-        self, x: torch.Tensor, norm: Norm, lora: LoRABatch | None = None, site: int = 0
+        self, x: torch.Tensor, norm: Norm, lora: LoRABatch | None, site: int
     ) -> torch.Tensor:
         """The norm before a site, of each row's adapter if that has its own."""
-        size, eps = (x.shape[-1],), self.spec.norm_eps
-        if self.spec.norm == "layer":
-            h = F.layer_norm(x, size, norm.weight, norm.bias, eps)
-        else:
-            h = F.rms_norm(x, size, norm.weight, eps)
+        h = self.base.normed(x, norm)
         if lora is not None:
-            lora.norm(site, x, h, self._normed)
+            lora.norm(site, x, h, self.base.normed)
         return h
-
-    def _activated(self, y: torch.Tensor) -> torch.Tensor:
-        if not self.spec.gated:
-            return self._activation(y)
-        gate, up = y.chunk(2, dim=-1)
-        return self._activation(gate) * up
 
     def _attend(
         self,
@@ -231,7 +151,7 @@ class Decoder:
         rows = qkv.view(len(qkv), -1, spec.head_dim)
         q, k, v = torch.split(rows, [heads, kv_heads, kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
+            q, k = self.base.normed(q, layer.q_norm), self.base.normed(k, layer.k_norm)
         if step.rope is not None:
             q, k = _rotate(q, *step.rope), _rotate(k, *step.rope)
         cache.write(index, step.kv_index, k, v)
@@ -330,10 +250,3 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     """RoPE by halves, as Hugging Face checkpoints expect it: x ``[T, heads, dim]``."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def rope_tables(spec: DecoderSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of a spec with RoPE, float32 ``[max_positions, head_dim / 2]``."""
-    assert spec.inv_freq is not None
-    angles = torch.arange(spec.max_positions, dtype=torch.float32)[:, None] * spec.inv_freq
-    return angles.cos() * spec.rope_scale, angles.sin() * spec.rope_scale

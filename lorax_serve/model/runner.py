@@ -16,20 +16,22 @@ from lorax_serve.errors import InvalidRequest, ModelUnsupported
 from lorax_serve.kernels.build import KernelsUnavailable
 from lorax_serve.kernels.cpu import load as load_kernels
 from lorax_serve.model.compiled_decoder import CompiledDecoder, check_sizes
-from lorax_serve.model.decoder import Decoder, ForwardBatch, PromptChunk
+from lorax_serve.model.decoder import Decoder
+from lorax_serve.model.direct import DirectSteps
 from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.fold import fold, without_copies
 from lorax_serve.model.folded import FoldedAdapter
-from lorax_serve.model.kv_cache import KVCache, affordable_tokens
+from lorax_serve.model.kv_cache import affordable_tokens
+from lorax_serve.model.launched import Launched
 from lorax_serve.model.loader import load_weights
 from lorax_serve.model.packed_lora import PackedAdapter
-from lorax_serve.model.sampler import Sample, sample
+from lorax_serve.model.sampler import Sample
 from lorax_serve.model.source import resolve_model
 from lorax_serve.model.spec import DecoderSpec
 from lorax_serve.model.spec_cache import load_spec
 from lorax_serve.model.weights import DecoderWeights
 
-__all__ = ["HostAdapter", "ModelRunner"]
+__all__ = ["HostAdapter", "Launched", "ModelRunner"]
 
 HostAdapter = FoldedAdapter | PackedAdapter
 """An adapter in host memory, in the form that the decoder's slots take."""
@@ -61,16 +63,8 @@ class ModelRunner:
         # compiled kernels no time: plain torch attends over all rows up to the last that decodes.
         spare = config.prefix_caching and self._decoder.kernels is not None
         self.kv_rows = config.max_batch_size * (2 if spare else 1)
-        self._cache = KVCache(
-            spec.num_layers,
-            self.kv_rows,
-            spec.num_kv_heads,
-            self.max_length,
-            spec.head_dim,
-            dtype,
-            device,
-        )
-        self.kv_tokens = _kv_budget(config, self._cache, device)
+        self._steps = DirectSteps(self._decoder, self.max_length, self.kv_rows)
+        self.kv_tokens = _kv_budget(config, self._steps.bytes_per_token, self.max_length, device)
         self.modules = spec.modules()
         self._own_slot = config.adapter_slots  # the one after those that requests can have
         self._fingerprint = ""
@@ -83,16 +77,16 @@ class ModelRunner:
             max_sequence_length=self.max_length,
             eos_token_ids=spec.eos_token_ids,
             num_parameters=spec.num_parameters,
-            kv_cache_bytes=self.kv_tokens * self._cache.bytes_per_token,
+            kv_cache_bytes=self.kv_tokens * self._steps.bytes_per_token,
         )
 
     def fold(self, weights: LoRAWeights) -> HostAdapter:
         """``fold.fold``, then the form that the decoder's slots take; thread-safe."""
-        return self._decoder.lora.prepare(fold(weights, self._decoder))
+        return self._decoder.lora.prepare(fold(weights, self._decoder.base))
 
     def without_copies(self, weights: LoRAWeights) -> LoRAWeights:
         """``fold.without_copies``; thread-safe."""
-        return without_copies(weights, self._decoder)
+        return without_copies(weights, self._decoder.base)
 
     def fingerprint(self) -> str:
         """``base_fingerprint`` of the model's files, read once; for one thread at a time.
@@ -114,7 +108,7 @@ class ModelRunner:
 
     def scrub(self, sequence: Sequence) -> None:
         """Zero a sequence's keys and values, after a failure that may have left NaN in them."""
-        self._cache.scrub(sequence.kv_slot, len(sequence.tokens))
+        self._steps.scrub(sequence)
 
     def warm_up(self) -> None:
         """Run a prompt and a decoding step, so that the first request finds everything built."""
@@ -123,36 +117,25 @@ class ModelRunner:
         probe.computed = 7
         self.run(Batch(decodes=[probe]))
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step may be launched before the samples of the last one are known: a sequence's
+        last token may then be ``PENDING``."""
+        return self._steps.runs_ahead
+
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[tuple[Sequence, Sample]]:
-        """Compute a step and sample a token for every sequence whose tokens are all computed.
+    def launch(self, batch: Batch) -> Launched:
+        """Start a step: it samples a token for every sequence whose tokens are all computed.
 
         The sequences are not changed; their rows of the cache are, and those of ``batch.copies``.
         """
-        self._cache.copy(batch.copies)
-        if not batch:
-            return []
-        # Decoding rows in the order of their KV slots, so that attention reads the cache in place.
-        decodes = sorted((s for s in batch.decodes if s.generated), key=lambda s: s.kv_slot)
-        # A prompt's last token is computed as the others were, that their bits do not depend on how
-        # it was cut.
-        last = [(s, 1) for s in batch.decodes if not s.generated]
-        chunks = [(s, s.computed, s.computed + n) for s, n in last + batch.prefills]
-        hidden = self._decoder.forward(self._prepare(decodes, chunks), self._cache)
-        sampled, rows, row = list(decodes), list(range(len(decodes))), len(decodes)
-        slots = [s.slot_at(s.computed) for s in decodes]
-        for sequence, begin, end in chunks:
-            row += end - begin
-            if end == len(sequence.tokens):
-                sampled.append(sequence)
-                rows.append(row - 1)
-                slots.append(sequence.slot_at(end - 1))
-        if not sampled:
-            return []
-        if len(rows) < len(hidden):
-            hidden = hidden[rows]
-        logits = self._decoder.logits(hidden, slots)
-        return list(zip(sampled, sample(logits, sampled, self._decoder.kernels), strict=True))
+        self._steps.copy(batch.copies)
+        return self._steps.launch(batch)
+
+    def run(self, batch: Batch) -> list[tuple[Sequence, Sample]]:
+        """A step from its launch to its samples."""
+        launched = self.launch(batch)
+        return list(zip(launched.sequences, launched.samples(), strict=True))
 
     @torch.inference_mode()
     def logits_after(
@@ -169,18 +152,6 @@ class ModelRunner:
             adapter: from ``fold``; None is the base model.
             start: the first position that the adapter acts on.
         """
-        spec, decoder = self._decoder.spec, self._decoder
-        # Compiled kernels know one length of rows; untouched positions take no memory on a CPU.
-        length = len(prompt) if decoder.kernels is None else self.max_length
-        cache = KVCache(
-            spec.num_layers,
-            1,
-            spec.num_kv_heads,
-            length,
-            spec.head_dim,
-            decoder.dtype,
-            decoder.device,
-        )
         alone = Sequence(
             0,
             list(prompt),
@@ -197,37 +168,11 @@ class ModelRunner:
         try:
             if adapter is not None:
                 self.put_adapter(self._own_slot, adapter)
-            hidden = decoder.forward(self._prepare([], [(alone, 0, len(prompt))]), cache)
-            logits = decoder.logits(hidden[-1:], [alone.slot_at(len(prompt) - 1)])
-            wanted: list[float] = logits[0].float().cpu()[list(of)].tolist()
+            logits = self._steps.logits_after(alone)
+            wanted: list[float] = logits.float().cpu()[list(of)].tolist()
             return wanted
         finally:
             self.clear_adapter(self._own_slot)
-
-    def _prepare(
-        self, decodes: Seq[Sequence], chunks: Seq[tuple[Sequence, int, int]]
-    ) -> ForwardBatch:
-        tokens = [s.tokens[-1] for s in decodes]
-        positions = [s.computed for s in decodes]
-        slots = [s.kv_slot for s in decodes]
-        prompts, adapters = [], []
-        for sequence, begin, end in chunks:
-            start = len(tokens)
-            tokens += sequence.tokens[begin:end]
-            positions += range(begin, end)
-            slots += [sequence.kv_slot] * (end - begin)
-            prompts.append(PromptChunk(start, len(tokens), sequence.kv_slot, end))
-            # An activated LoRA may begin within the chunk.
-            active = min(max(sequence.adapter_start, begin), end) - begin + start
-            adapters += [(start, active, BASE), (active, len(tokens), sequence.adapter_slot)]
-        return ForwardBatch(
-            token_ids=torch.tensor(tokens, dtype=torch.int32),
-            positions=torch.tensor(positions, dtype=torch.int32),
-            kv_slots=torch.tensor(slots, dtype=torch.int32),
-            num_decodes=len(decodes),
-            prompts=prompts,
-            lora=self._decoder.lora.batch([s.slot_at(s.computed) for s in decodes], adapters),
-        )
 
 
 def _max_length(config: EngineConfig, spec: DecoderSpec) -> int:
@@ -257,13 +202,15 @@ def _decoder(
         return Decoder(weights)
 
 
-def _kv_budget(config: EngineConfig, cache: KVCache, device: torch.device) -> int:
+def _kv_budget(
+    config: EngineConfig, bytes_per_token: int, length: int, device: torch.device
+) -> int:
     """Tokens that the KV cache may hold: at least one sequence must be able to run to its end."""
-    most, length = config.kv_cache_tokens, cache.max_length
+    most = config.kv_cache_tokens
     if most is None:
         most = config.max_batch_size * length
         if device.type == "cpu":
-            most = max(length, min(most, affordable_tokens(cache.bytes_per_token)))
+            most = max(length, min(most, affordable_tokens(bytes_per_token)))
     if most < length:
         raise InvalidRequest(
             f"kv_cache_tokens {most} is less than one sequence may have: max_sequence_length is "

@@ -1,0 +1,88 @@
+"""Steps that are done when they return: the decoders in plain torch and on compiled CPU kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from lorax_serve.core import Batch, RowCopy, Sequence
+from lorax_serve.model.compiled_decoder import CompiledDecoder
+from lorax_serve.model.decoder import Decoder, ForwardBatch
+from lorax_serve.model.kv_cache import KVCache
+from lorax_serve.model.launched import Done
+from lorax_serve.model.layout import Layout, lay_out, lay_out_prompt
+from lorax_serve.model.sampler import sample
+
+__all__ = ["DirectSteps"]
+
+
+class DirectSteps:
+    """A decoder with its cache of rows.
+
+    Args:
+        decoder: computes.
+        max_length: positions of a row.
+        rows: of the cache.
+    """
+
+    runs_ahead = False
+
+    def __init__(self, decoder: Decoder | CompiledDecoder, max_length: int, rows: int) -> None:
+        self.decoder = decoder
+        self.max_length = max_length
+        self.cache = self._cache(rows, max_length)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values."""
+        return self.cache.bytes_per_token
+
+    def copy(self, copies: list[RowCopy]) -> None:
+        """Move and free rows of the cache."""
+        self.cache.copy(copies)
+
+    def scrub(self, sequence: Sequence) -> None:
+        """Zero a sequence's keys and values."""
+        self.cache.scrub(sequence.kv_slot, len(sequence.tokens))
+
+    def launch(self, batch: Batch) -> Done:
+        """Compute a step."""
+        layout = lay_out(batch)
+        if not layout.token_ids:
+            return Done([], [])
+        hidden = self.decoder.forward(self._inputs(layout), self.cache)
+        if not layout.sampled:
+            return Done([], [])
+        if len(layout.sampled) < len(hidden):
+            hidden = hidden[layout.sampled_rows]
+        logits = self.decoder.logits(hidden, layout.sampled_adapters)
+        return Done(layout.sampled, sample(logits, layout.sampled, self.decoder.kernels))
+
+    def logits_after(self, sequence: Sequence) -> torch.Tensor:
+        """Logits ``[vocab]`` after a sequence's tokens, computed in row 0 of a cache of its own."""
+        # Compiled kernels know one length of rows; untouched positions take no memory on a CPU.
+        length = len(sequence.tokens) if self.decoder.kernels is None else self.max_length
+        layout = lay_out_prompt(sequence)
+        hidden = self.decoder.forward(self._inputs(layout), self._cache(1, length))
+        return self.decoder.logits(hidden[-1:], layout.sampled_adapters)[0]
+
+    def _inputs(self, layout: Layout) -> ForwardBatch:
+        return ForwardBatch(
+            token_ids=torch.tensor(layout.token_ids, dtype=torch.int32),
+            positions=torch.tensor(layout.positions, dtype=torch.int32),
+            kv_slots=torch.tensor(layout.kv_slots, dtype=torch.int32),
+            num_decodes=layout.num_decodes,
+            prompts=layout.prompts,
+            lora=self.decoder.lora.batch(layout.decode_adapters, layout.prompt_adapters),
+        )
+
+    def _cache(self, rows: int, length: int) -> KVCache:
+        spec, decoder = self.decoder.spec, self.decoder
+        return KVCache(
+            spec.num_layers,
+            rows,
+            spec.num_kv_heads,
+            length,
+            spec.head_dim,
+            decoder.dtype,
+            decoder.device,
+        )
