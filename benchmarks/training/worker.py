@@ -6,7 +6,6 @@ Writes a JSON object to standard output: seconds and real tokens of each step, l
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from lorax_train.data.tokenizer import load_tokenizer
 from lorax_train.loop.loss import TargetLoss
 from lorax_train.loop.trainer import Trainer, TrainingListener
 from lorax_train.loop.training_run import TrainingRun
+from lorax_train.memory import peak_memory
 from lorax_train.model.base import load_model
 from lorax_train.model.checkpointing import checkpoint_layers
 from lorax_train.model.inject import inject_all
@@ -194,5 +194,5 @@ if __name__ == "__main__":
     wanted = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(wanted["threads"])
     measured = {"ours": ours, "peft": peft}[wanted["system"]](wanted)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory(torch.device("cpu")) or 0
     print("RESULT " + json.dumps({"steps": measured, "peak_bytes": peak}), flush=True)

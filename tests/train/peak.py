@@ -5,7 +5,6 @@ Run as ``python -m tests.train.peak ROWS LENGTH LAYERS HIDDEN DROPOUT``.
 
 from __future__ import annotations
 
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lorax_train.loop.estimate import estimate
 from lorax_train.loop.loss import TargetLoss
 from lorax_train.loop.trainer import Trainer
 from lorax_train.loop.training_run import TrainingRun
+from lorax_train.memory import peak_memory
 from lorax_train.model.inject import inject
 
 
@@ -42,10 +42,11 @@ def main() -> None:
     loop = LoopConfig(max_steps=2, batch_size=rows)
     run = TrainingRun(adapter, [row] * rows, [], OptimizerConfig(), loop)
     need = estimate(model, [run], loss)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    # Not getrusage's, which begins with what the parent process held when it started this one.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory(model.device) or 0
     Trainer(loss, [run], 0).train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(need.to_come, peak - pages * resource.getpagesize())
+    print(need.to_come, (peak_memory(model.device) or 0) - before)
 
 
 if __name__ == "__main__":
