@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch.nn import functional
 
 from lorax_serve.gpu.kernels import activation as kernels
 from lorax_serve.gpu.reference import activation as plain
+from tests.gpu.poison import poisoned
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    with poisoned():
+        yield
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:

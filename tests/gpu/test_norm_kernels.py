@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch.nn import functional
 
 from lorax_serve.gpu.kernels import norm as kernels
 from lorax_serve.gpu.reference import norm as plain
+from tests.gpu.poison import poisoned
 
 EPS = 1e-5
 SIZES = [1, 7, 64, 576, 4096, 5120, 16384]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    with poisoned():
+        yield
 
 
 def inputs(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
