@@ -135,7 +135,12 @@ class LoRAExpand(Protocol):
 class Draw(Protocol):
     """Choose a token of each row as ``model.sampler`` does: the most probable one at temperature 0,
     else one drawn from the softmax of ``logits / temperature``, cut by top-k (all that are no less
-    probable than the k-th), then by top-p of what is left, with ``sampler.uniform``'s numbers."""
+    probable than the k-th), then by top-p of what is left, with ``sampler.uniform``'s numbers.
+
+    Of equal logits temperature 0 takes the first. A logit of -infinity is a token that is banned.
+    Draws are by rejection in the order of the vocabulary, with and without top-k; ``model.sampler``
+    draws from the k tokens in the order of their probability.
+    """
 
     def __call__(
         self,
