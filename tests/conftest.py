@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,6 @@ import torch
 
 from lorax_serve.model.source import resolve_model
 from tests.helpers import TINY_GPT2, TINY_LLAMA, save_peft_adapter, save_tiny_model
-
-if not torch.cuda.is_available():
-    # Read when triton is first imported: its kernels run in its interpreter.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -124,9 +124,7 @@ class PagedDecoder:
     def _activated(self, y: torch.Tensor) -> torch.Tensor:
         return self._ops.silu_mul(y) if self._fused_activation else self.base.activated(y)
 
-    def _attend(
-        self, qkv: torch.Tensor, rows: Rows, pages: LayerPages, rope: Rope
-    ) -> torch.Tensor:
+    def _attend(self, qkv: torch.Tensor, rows: Rows, pages: LayerPages, rope: Rope) -> torch.Tensor:
         """qkv ``[T, heads + 2 * kv_heads, head_dim]``, q changed in place; returns
         ``[T, heads * head_dim]``."""
         spec, count = self.spec, rows.num_decodes

@@ -1,7 +1,5 @@
 """The activation between an MLP's products."""
 
-# mypy: no-disallow-incomplete-defs
-
 from __future__ import annotations
 
 import torch

@@ -1,7 +1,5 @@
 """RMS norms, one program a row: the row stays in registers between its sum and its scaling."""
 
-# mypy: no-disallow-incomplete-defs
-
 from __future__ import annotations
 
 import torch

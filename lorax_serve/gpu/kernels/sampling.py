@@ -23,8 +23,6 @@ Weights are float32, ``exp((logit - best) / temperature)``; all their sums are f
 depends on timing or on other rows: a row has the same token in any batch.
 """
 
-# mypy: no-disallow-incomplete-defs
-
 from __future__ import annotations
 
 import torch
