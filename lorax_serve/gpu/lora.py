@@ -2,13 +2,17 @@
 
 The arena is one tensor of the compute dtype that holds all adapters of the device, each in one
 piece, its *blob*, so that a load is one copy. A blob begins with a header of int32, which a view of
-the arena reads: for each site ``HEADER`` numbers, all offsets in elements from the blob's start:
+the arena reads: for each site ``HEADER`` numbers, all offsets in elements of the compute dtype from
+the blob's start:
 
     ranks of slices 0, 1, 2     0 where the adapter does not target the slice
     A of slices 0, 1, 2         each ``[rank, in]``
     B of slices 0, 1, 2         each ``[rank, columns of the slice]``, scaled
     gain, shift                 float32 ``[out]``; 0 where there is none
     (one unused)
+
+Every part begins at a multiple of ``ALIGNMENT`` bytes. What lies between parts, or beyond the last
+blob, is never read.
 """
 
 from __future__ import annotations

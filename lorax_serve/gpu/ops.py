@@ -95,9 +95,9 @@ class DecodeAttention(Protocol):
 class LoRAShrink(Protocol):
     """``h = x @ A.T`` for the rows of each chunk of a plan, all slices of a site in one launch.
 
-    Each part of the sum over ``in_features`` is written apart, in float32, and summed by
-    ``lora_expand`` in order: no zeroing before, no atomics, the same bits every time. Chunks
-    without adapter write nothing.
+    The sum over ``in_features`` is cut in parts, at the same places whatever else is in the batch.
+    Each part is written apart, in float32, and summed by ``lora_expand`` in order: no zeroing
+    before, no atomics, the same bits every time.
     """
 
     def __call__(
@@ -107,14 +107,15 @@ class LoRAShrink(Protocol):
         plan: LoRAPlan,
         site: SiteShape,
     ) -> torch.Tensor:
-        """x ``[T, in]``. arena: all adapters' weights, one dimension, the compute dtype. Returns
-        float32 ``[splits, slices, chunks * plan.chunk, plan.max_rank]``: row i of chunk c is
-        c * plan.chunk + i, and only what belongs to a row and to a true rank is written."""
+        """x ``[T, in]``, each row contiguous. arena: all adapters' weights, one dimension, x's
+        dtype. Returns float32 ``[parts, slices, T, plan.max_rank]``; only what belongs to a row of
+        the plan and to a true rank is written."""
 
 
 class LoRAExpand(Protocol):
-    """``y[t] += h[t] @ B``, summed in float32 and rounded once, then, where the adapter has a gain
-    or a shift at this site, ``(y[t] - bias) * gain + bias + shift``.
+    """``y[t] += h[t] @ B``, then, where the adapter has a gain or a shift at this site,
+    ``(y[t] - bias) * gain + bias + shift``: h summed in float32 and rounded to B's dtype, all else
+    in float32 and rounded once.
 
     Rows that the plan does not name are left bit for bit alone.
     """
@@ -128,8 +129,8 @@ class LoRAExpand(Protocol):
         site: SiteShape,
         bias: torch.Tensor | None,
     ) -> None:
-        """h: what ``lora_shrink`` returned. y ``[T, out]``, changed in place; bias ``[out]``, of
-        the base, in y already."""
+        """h: what ``lora_shrink`` returned, read only where that writes. y ``[T, out]``, each row
+        contiguous, changed in place; bias ``[out]``, of the base, in y already."""
 
 
 class Draw(Protocol):
