@@ -112,7 +112,7 @@ def test_every_element_is_written(device: torch.device, monkeypatch: pytest.Monk
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         return plain(*args, **kwargs).fill_(math.nan)  # type: ignore[call-overload,no-any-return]
 
-    monkeypatch.setattr(kernels.torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty", poisoned)
     torch.manual_seed(0)
     check(kernels.decode_attention, [3, 300, 600], 3, 2, 96, torch.float32, device)
 

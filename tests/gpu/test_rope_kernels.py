@@ -13,8 +13,8 @@ from lorax_serve.gpu.pages import PAGE, LayerPages, Rope
 from lorax_serve.gpu.reference import rope as reference
 from tests.gpu.paged import poisoned_pages
 
-# Half a unit in the last place of numbers up to 4.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Of a number's size: rounding once is half a unit in the last place, at most half of these.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 KINDS = {"triton": kernels.rotate_and_store, "torch": reference.rotate_and_store}
 
 
@@ -31,11 +31,12 @@ def rope_of(
     head_dim: int, dtype: torch.dtype, device: torch.device, *, rotates: bool, norms: bool
 ) -> Rope:
     angles = torch.arange(200.0)[:, None] * 0.1 ** torch.linspace(0, 3, head_dim // 2)
-    weights = [(1 + torch.randn(head_dim) / 4).to(device, dtype) for _ in range(2)]
+    q_norm, k_norm = ((1 + torch.randn(head_dim) / 4).to(device, dtype) for _ in range(2))
     return Rope(
         angles.cos().to(device) if rotates else None,
         angles.sin().to(device) if rotates else None,
-        *(weights if norms else (None, None)),
+        q_norm if norms else None,
+        k_norm if norms else None,
         eps=1e-5,
     )
 
@@ -53,7 +54,8 @@ def turned(x: torch.Tensor, norm: torch.Tensor | None, position: int, rope: Rope
 
 
 def close(x: torch.Tensor, expected: torch.Tensor) -> bool:
-    return (x.double() - expected).abs().max().item() <= TOLERANCE[x.dtype]
+    wrong = (x.double() - expected).abs() / expected.abs().clamp(min=1)
+    return wrong.max().item() <= TOLERANCE[x.dtype]
 
 
 @pytest.mark.parametrize("rotates", [True, False])
@@ -87,12 +89,11 @@ def test_rows(
             if slot < 0:
                 assert torch.equal(qkv[row], before[row])
                 continue
-            q, k, v = before[row].split([heads, kv_heads, kv_heads])
+            q, k, v = torch.split(before[row], [heads, kv_heads, kv_heads])
             assert close(qkv[row, :heads], turned(q, rope.q_norm, position, rope))
+            expected_k = turned(k, rope.k_norm, position, rope)
             k = qkv[row, heads : heads + kv_heads]
-            assert close(
-                k, turned(before[row, heads : heads + kv_heads], rope.k_norm, position, rope)
-            )
+            assert close(k, expected_k)
             assert torch.equal(qkv[row, heads + kv_heads :], v)
             page, offset = int(pages.table[slot, position // PAGE]), position % PAGE
             expected.keys[page, :, offset] = k
@@ -127,7 +128,8 @@ def test_rounded_once(
 def test_no_rows_and_only_padding(store: RotateAndStore, device: torch.device) -> None:
     rope = rope_of(64, torch.float32, device, rotates=True, norms=False)
     pages = poisoned_pages([5], 1, 64, torch.float32, device)
-    store(torch.zeros(0, 4, 64, device=device), *[numbers([], device)] * 2, pages, rope)
+    none = numbers([], device)
+    store(torch.zeros(0, 4, 64, device=device), none, none, pages, rope)
     qkv = torch.full((2, 4, 64), math.nan, device=device)
     store(qkv, numbers([0, 9], device), numbers([-1, -1], device), pages, rope)
     assert pages.keys.isnan().all()

@@ -104,7 +104,7 @@ def decode_attention(
 
 
 @triton.jit
-def _attend_splits(
+def _attend_splits(  # type: ignore[no-untyped-def]
     q,
     positions,
     kv_slots,
@@ -192,7 +192,7 @@ def _attend_splits(
 
 
 @triton.jit
-def _combine_splits(
+def _combine_splits(  # type: ignore[no-untyped-def]
     positions,
     kv_slots,
     partial,

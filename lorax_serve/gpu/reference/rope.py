@@ -22,7 +22,7 @@ def rotate_and_store(
     heads = qkv.shape[1] - 2 * kv_heads
     rows = (kv_slots >= 0).nonzero().squeeze(1)
     at, slots = positions[rows].long(), kv_slots[rows].long()
-    q, k, v = qkv[rows].split([heads, kv_heads, kv_heads], dim=1)
+    q, k, v = torch.split(qkv[rows], [heads, kv_heads, kv_heads], dim=1)
     q, k = _turned(q, rope.q_norm, at, rope), _turned(k, rope.k_norm, at, rope)
     qkv[rows, : heads + kv_heads] = torch.cat((q, k), dim=1)
     page, offset = pages.table[slots, at // PAGE].long(), at % PAGE
