@@ -56,7 +56,8 @@ class RotateAndStore(Protocol):
 
     Each head of q and k is normed, if the model does that, then rotated by halves: with c and s the
     cosine and sine of the row's position, ``(first * c - second * s, second * c + first * s)``, in
-    float32 and rounded once. q goes back in place; k and v go to the row's page.
+    float32 and rounded once. q and k go back in place, where ``prompt_attention`` finds them; k and
+    v go to the row's page.
     """
 
     def __call__(
@@ -67,13 +68,14 @@ class RotateAndStore(Protocol):
         pages: LayerPages,
         rope: Rope,
     ) -> None:
-        """qkv ``[T, heads + 2 * kv_heads, head_dim]``, q changed in place; positions and kv_slots
-        int32 ``[T]``."""
+        """qkv ``[T, heads + 2 * kv_heads, head_dim]``, q and k changed in place; positions and
+        kv_slots int32 ``[T]``. No two rows have the same slot and position."""
 
 
 class DecodeAttention(Protocol):
     """Attention of one query a sequence over its pages, positions 0 to its own, itself included:
-    ``softmax(q @ K.T * scale) @ V`` in float32, rounded once.
+    ``softmax(q @ K.T * scale) @ V``, summed in float32. A kernel may round the softmax to the
+    values' dtype before that product, as flash attention does.
 
     Positions beyond a sequence's own are never read: whatever is there, NaN included, changes
     nothing. The work of a long sequence is split over positions, always at the same ones, so that
@@ -88,8 +90,9 @@ class DecodeAttention(Protocol):
         pages: LayerPages,
         scale: float,
     ) -> torch.Tensor:
-        """q ``[B, heads, head_dim]``, any stride between rows; positions and kv_slots int32
-        ``[B]``. Returns ``[B, heads, head_dim]``, contiguous; padding rows are zeros."""
+        """q ``[B, heads, head_dim]``, of the cache's dtype, any stride between rows and heads;
+        positions and kv_slots int32 ``[B]``. Returns ``[B, heads, head_dim]``,
+        contiguous; padding rows are zeros."""
 
 
 class LoRAShrink(Protocol):

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["PAGE", "LayerPages", "Rope"]
+__all__ = ["PAGE", "LayerPages", "Rope", "pages_of"]
 
 PAGE = 32
 """Positions of a page: ``engine.kv_rows`` counts memory in blocks of as many."""
+
+
+def pages_of(positions: int) -> int:
+    """Pages that hold so many positions."""
+    return -(-positions // PAGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +23,26 @@ class LayerPages:
     ``table[s, p // PAGE]``.
 
     Attributes:
-        keys, values: ``[pages, kv_heads, PAGE, head_dim]``.
-        table: int32 ``[slots, max_pages]``, shared by all layers; what a slot does not have is -1.
+        keys, values: ``[pages, kv_heads, PAGE, head_dim]``; each page is in one piece.
+        table: int32 ``[slots, max_pages]``, rows contiguous, shared by all layers; what a slot does
+            not have is -1. Its width bounds what a kernel is launched for: a view of the first
+            pages will do, if no row of the step has more.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     table: torch.Tensor
+
+    def gather(self, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of a slot's first ``length`` keys and values, each
+        ``[kv_heads, length, head_dim]``; what lies after them in the last page is not in it."""
+        pages = self.table[slot, : pages_of(length)]
+        keys, values = (
+            # Copied to where attention wants it, heads first, in one pass.
+            cache.transpose(0, 1).index_select(1, pages).flatten(1, 2)[:, :length]
+            for cache in (self.keys, self.values)
+        )
+        return keys, values
 
 
 @dataclass(frozen=True, slots=True)
