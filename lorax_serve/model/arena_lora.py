@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -239,6 +240,11 @@ class ArenaLoRA:
         new = self._tensors(blobs + [-1] * spare, rows + [[-1] * DECODE_CHUNK] * spare)
         part.plan.blobs.copy_(new[0])
         part.plan.rows.copy_(new[1])
+
+    def chunks_needed(self, decode_slots: Sequence[int]) -> int:
+        """How many chunks ``plan_arrays`` makes."""
+        counts = Counter(slot for slot in decode_slots if slot != BASE and self._slots[slot].sites)
+        return sum(-(-count // DECODE_CHUNK) for count in counts.values())
 
     def plan_arrays(self, decode_slots: Sequence[int]) -> tuple[list[int], list[list[int]]]:
         """``LoRAPlan``'s blobs and rows for decoding rows, with as many chunks as they need.

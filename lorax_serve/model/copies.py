@@ -1,10 +1,10 @@
-"""Copies from host memory to the device beside what that computes."""
+"""Copies between host and device beside what that computes."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["Copied", "HostCopies", "to_device"]
+__all__ = ["Copied", "HostCopies", "ToHost", "to_device"]
 
 Copied = torch.cuda.Event | None
 """What a copy's use must wait for; None on a CPU, where it is done already."""
@@ -58,6 +58,28 @@ class HostCopies:
     def wait_for_all(self) -> None:
         """``wait`` for all copies that were started."""
         self.wait(self._last)
+
+
+class ToHost:
+    """A copy of a device's tensor to the host, which starts when what is queued now is done.
+
+    Waiting for it waits for nothing that is queued later. On a CPU it is the tensor itself.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host, self._done = tensor, None
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(
+                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True
+            )
+            self._host.copy_(tensor, non_blocking=True)
+            self._done = _recorded(torch.cuda.current_stream(tensor.device))
+
+    def wait(self) -> torch.Tensor:
+        """The tensor on the host."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

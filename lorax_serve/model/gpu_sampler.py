@@ -13,6 +13,7 @@ import torch
 
 from lorax_serve import core
 from lorax_serve.gpu.ops import Draw
+from lorax_serve.model.copies import ToHost
 from lorax_serve.model.sampler import Sample
 
 __all__ = ["DeviceSamples", "sample_on_device"]
@@ -27,27 +28,25 @@ class DeviceSamples:
     """
 
     tokens: torch.Tensor
+    _to_host: ToHost
     _logprobs: _Logprobs | None
 
     def samples(self) -> list[Sample]:
-        """What ``sampler.sample`` returns; waits for the device, once."""
+        """What ``sampler.sample`` returns; waits until the device has drawn them."""
+        host = self._to_host.wait()
         if self._logprobs is None:
-            return [Sample(None if token < 0 else token) for token in self.tokens.tolist()]
+            return [Sample(None if token < 0 else token) for token in host.tolist()]
         asked = self._logprobs
-        floats = [asked.chosen, asked.values.flatten()]
-        bits = [part.view(torch.int32) for part in floats]
-        host = torch.cat([self.tokens, *bits, asked.ids.flatten()]).cpu()
-        rows, shape = len(asked.rows), asked.values.shape
-        tokens, chosen, values, ids = host.split_with_sizes(
-            [len(self.tokens), rows, shape.numel(), shape.numel()]
-        )
+        rows, most = len(asked.rows), max(asked.tops)
+        sizes = [len(self.tokens), rows, rows * most, rows * most]
+        tokens, chosen, values, ids = torch.split(host, sizes)
         samples = [Sample(None if token < 0 else token) for token in tokens.tolist()]
         each = zip(
             asked.rows,
             asked.tops,
             chosen.view(torch.float32).tolist(),
-            values.view(torch.float32).view(shape).tolist(),
-            ids.view(shape).tolist(),
+            values.view(torch.float32).view(rows, most).tolist(),
+            ids.view(rows, most).tolist(),
             strict=True,
         )
         for row, top, logprob, best, best_ids in each:
@@ -64,9 +63,6 @@ class _Logprobs:
 
     rows: list[int]
     tops: list[int]
-    chosen: torch.Tensor  # float32 [rows]
-    values: torch.Tensor  # float32 [rows, max(tops)], the most probable first
-    ids: torch.Tensor  # int32, as values
 
 
 def sample_on_device(
@@ -113,13 +109,14 @@ def sample_on_device(
         flat.index_fill_(0, banned_at, -torch.inf)
     tokens = draw(logits, temperature, top_k.to(torch.int32), top_p, seeds, draws.to(torch.int32))
     if logprobs is None:
-        return DeviceSamples(tokens, None)
+        return DeviceSamples(tokens, ToHost(tokens), None)
     tops = [params[row].logprobs or 0 for row in with_logprobs]
     best = logprobs.topk(max(tops))
     # A row without a token has no log-probability either; whatever is gathered is not looked at.
     chosen = logprobs.gather(1, tokens[rows].clamp(min=0).long()[:, None])[:, 0]
-    asked = _Logprobs(with_logprobs, tops, chosen, best.values, best.indices.to(torch.int32))
-    return DeviceSamples(tokens, asked)
+    bits = [part.flatten().view(torch.int32) for part in (chosen, best.values)]
+    together = torch.cat([tokens, *bits, best.indices.flatten().to(torch.int32)])
+    return DeviceSamples(tokens, ToHost(together), _Logprobs(with_logprobs, tops))
 
 
 def _places(

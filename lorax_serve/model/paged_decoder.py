@@ -89,7 +89,8 @@ class PagedDecoder:
         for index, layer in enumerate(base.layers):
             site = index * SITES_PER_LAYER
             h = self._normed(x, y, layer.input_norm, lora, site)
-            qkv = _linear(layer.qkv, h, lora, site).unflatten(1, (-1, self.spec.head_dim))
+            qkv = _linear(layer.qkv, h, lora, site)
+            qkv = qkv.view(len(qkv), -1, self.spec.head_dim)
             attended = self._attend(qkv, rows, cache.layer(index), self._ropes[index])
             y = _linear(layer.o, attended, lora, site + 1)
             h = self._normed(x, y, layer.post_norm, lora, site + 2)
@@ -130,7 +131,7 @@ class PagedDecoder:
         spec, count = self.spec, rows.num_decodes
         scale = spec.head_dim**-0.5
         self._ops.rotate_and_store(qkv, rows.positions, rows.kv_slots, pages, rope)
-        q, k, v = qkv.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+        q, k, v = torch.split(qkv, [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
         if not rows.prompts:
             out = self._ops.decode_attention(q, rows.positions, rows.kv_slots, pages, scale)
             return out.flatten(1)

@@ -104,7 +104,7 @@ def decode_attention(
 
 
 @triton.jit
-def _attend_splits(  # type: ignore[no-untyped-def]
+def _attend_splits(
     q,
     positions,
     kv_slots,
@@ -192,7 +192,7 @@ def _attend_splits(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _combine_splits(  # type: ignore[no-untyped-def]
+def _combine_splits(
     positions,
     kv_slots,
     partial,

@@ -105,7 +105,7 @@ def lora_expand(
 
 
 @triton.jit(do_not_specialize=["header_at", "total"])
-def _shrink(  # type: ignore[no-untyped-def]
+def _shrink(
     x,
     arena,
     blobs,
@@ -161,7 +161,7 @@ def _shrink(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["header_at", "total"])
-def _expand(  # type: ignore[no-untyped-def]
+def _expand(
     h,
     y,
     arena,

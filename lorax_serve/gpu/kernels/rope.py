@@ -56,7 +56,7 @@ def rotate_and_store(
 
 
 @triton.jit
-def _rotate_and_store(  # type: ignore[no-untyped-def]
+def _rotate_and_store(
     qkv,
     positions,
     kv_slots,
@@ -115,9 +115,7 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _turn(  # type: ignore[no-untyped-def]
-    at, live, lane, position, cos, sin, norm, eps, HEAD_DIM: tl.constexpr
-):
+def _turn(at, live, lane, position, cos, sin, norm, eps, HEAD_DIM: tl.constexpr):
     """Norm and rotate heads in place; both halves of the result, rounded."""
     used = lane < HEAD_DIM // 2
     first = tl.load(at, mask=live, other=0.0).to(tl.float32)

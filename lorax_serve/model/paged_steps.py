@@ -1,0 +1,156 @@
+"""Steps that a GPU computes by itself, one after the other, while the host prepares the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from lorax_serve.core import Batch, RowCopy, Sequence
+from lorax_serve.gpu.ops import Ops
+from lorax_serve.gpu.pages import pages_of
+from lorax_serve.model.copies import to_device
+from lorax_serve.model.decode_graphs import Capture, DecodeGraphs
+from lorax_serve.model.gpu_sampler import DeviceSamples, sample_on_device
+from lorax_serve.model.layout import Layout, lay_out, lay_out_prompt
+from lorax_serve.model.paged_cache import PagedKVCache
+from lorax_serve.model.paged_decoder import PagedDecoder, Rows
+from lorax_serve.model.sampler import Sample
+
+__all__ = ["PagedSteps"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Flying:
+    """See ``Launched``."""
+
+    sequences: Seq[Sequence]
+    drawn: DeviceSamples | None
+
+    def samples(self) -> list[Sample]:
+        """See ``Launched``."""
+        return [] if self.drawn is None else self.drawn.samples()
+
+
+class PagedSteps:
+    """A decoder with a cache of pages; calls as ``DirectSteps``'s.
+
+    Args:
+        decoder: computes.
+        ops: as the decoder's.
+        rows: of the cache.
+        max_length: positions of a row.
+        tokens: that the cache has pages for.
+        most_decodes: rows of a step that decode.
+        capture: how steps that only decode are recorded.
+    """
+
+    runs_ahead = True
+
+    def __init__(
+        self,
+        decoder: PagedDecoder,
+        ops: Ops,
+        *,
+        rows: int,
+        max_length: int,
+        tokens: int,
+        most_decodes: int,
+        capture: Capture,
+    ) -> None:
+        self.decoder = decoder
+        self._draw = ops.draw
+        self.cache = self._cache(rows, max_length, tokens)
+        self._last_tokens = torch.zeros(rows, dtype=torch.int32, device=decoder.device)
+        self._graphs = DecodeGraphs(decoder, self.cache, self._last_tokens, most_decodes, capture)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values."""
+        return self.cache.bytes_per_token
+
+    def record(self) -> None:
+        """Record the steps that are usual."""
+        self._graphs.record()
+
+    def copy(self, copies: list[RowCopy]) -> None:
+        """Move and free rows of the cache."""
+        self.cache.copy(copies)
+
+    def scrub(self, sequence: Sequence) -> None:
+        """After a failure; see ``PagedKVCache.scrub``."""
+        self.cache.scrub(sequence.kv_slot, len(sequence.tokens))
+
+    def launch(self, batch: Batch) -> _Flying:
+        """Queue a step on the device."""
+        layout = lay_out(batch)
+        if not layout.token_ids:
+            return _Flying([], None)
+        self._reserve(layout)
+        logits = None if layout.prompts else self._graphs.logits(layout)
+        if logits is None:
+            hidden = self.decoder.forward(self._inputs(layout), self.cache)
+            if not layout.sampled:
+                return _Flying([], None)
+            if len(layout.sampled) < len(hidden):
+                hidden = hidden[self._on_device(layout.sampled_rows, torch.int64)]
+            logits = self.decoder.logits(hidden, layout.sampled_adapters)
+        drawn = sample_on_device(logits, layout.sampled, self._draw)
+        slots = self._on_device([s.kv_slot for s in layout.sampled], torch.int64)
+        # One that is not finite is an error, but the next step may be under way before it is seen.
+        self._last_tokens.index_copy_(0, slots, drawn.tokens.clamp(min=0))
+        return _Flying(layout.sampled, drawn)
+
+    def logits_after(self, sequence: Sequence) -> torch.Tensor:
+        """Logits ``[vocab]`` after a sequence's tokens, computed in row 0 of a cache of its own."""
+        layout = lay_out_prompt(sequence)
+        count = len(sequence.tokens)
+        cache = self._cache(1, count, count)
+        cache.reserve(0, 0, count)
+        cache.flush()
+        hidden = self.decoder.forward(self._inputs(layout), cache)
+        return self.decoder.logits(hidden[-1:], layout.sampled_adapters)[0]
+
+    def _reserve(self, layout: Layout) -> None:
+        for slot, position in zip(
+            layout.kv_slots[: layout.num_decodes], layout.positions, strict=False
+        ):
+            self.cache.reserve(slot, position, position + 1)
+        for chunk in layout.prompts:
+            begin = chunk.end_position - (chunk.end - chunk.start)
+            self.cache.reserve(chunk.slot, begin, chunk.end_position)
+        self.cache.flush()
+
+    def _inputs(self, layout: Layout) -> Rows:
+        together = torch.tensor(
+            [layout.token_ids, layout.positions, layout.kv_slots], dtype=torch.int32
+        )
+        token_ids, positions, kv_slots = to_device(together, self.decoder.device).unbind()
+        if any(token < 0 for token in layout.token_ids[: layout.num_decodes]):
+            last = self._last_tokens[kv_slots.clamp(min=0)]
+            token_ids = torch.where(token_ids < 0, last, token_ids)
+        return Rows(
+            token_ids,
+            positions,
+            kv_slots,
+            layout.num_decodes,
+            layout.prompts,
+            self.decoder.lora.batch(layout.decode_adapters, layout.prompt_adapters),
+        )
+
+    def _on_device(self, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
+        return to_device(torch.tensor(numbers, dtype=dtype), self.decoder.device)
+
+    def _cache(self, rows: int, length: int, tokens: int) -> PagedKVCache:
+        spec, decoder = self.decoder.spec, self.decoder
+        return PagedKVCache(
+            spec.num_layers,
+            rows,
+            spec.num_kv_heads,
+            length,
+            spec.head_dim,
+            decoder.dtype,
+            decoder.device,
+            pages_of(tokens),
+        )
