@@ -31,7 +31,7 @@ def _without(instruction_set: str | None = None) -> str:
 
 needs_kernels = pytest.mark.skipif(bool(_without()), reason=_without())
 each_kernels = pytest.mark.parametrize(
-    "kernels", ["torch", pytest.param("compiled", marks=needs_kernels)]
+    "kernels", ["torch", pytest.param("compiled", marks=needs_kernels), "paged"]
 )
 each_instruction_set = pytest.mark.parametrize(
     "instruction_set",

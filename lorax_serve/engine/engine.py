@@ -81,8 +81,8 @@ class Engine:
         self._loader = loader
         self._prober = Prober(runner, config.probe)
         host = HostCache(config.max_adapter_bytes)
-        slots = AdapterSlots(config.adapter_slots, config.max_device_adapter_bytes, host.use)
-        shared = runner.info.device == "cpu"
+        slots = AdapterSlots(config.adapter_slots, runner.device_adapter_bytes, host.use)
+        shared = not runner.slots_copy
         self._store = AdapterStore(loader.request, host, slots, runner.clear_adapter, shared=shared)
         blocks = blocks_of(runner.kv_tokens)
         self._rows = KVRows(runner.kv_rows, blocks, prefix_caching=config.prefix_caching)

@@ -36,6 +36,9 @@ class DirectSteps:
         """Of keys and values."""
         return self.cache.bytes_per_token
 
+    def record(self) -> None:
+        """Nothing is recorded."""
+
     def copy(self, copies: list[RowCopy]) -> None:
         """Move and free rows of the cache."""
         self.cache.copy(copies)

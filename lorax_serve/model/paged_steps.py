@@ -71,8 +71,10 @@ class PagedSteps:
         return self.cache.bytes_per_token
 
     def record(self) -> None:
-        """Record the steps that are usual."""
-        self._graphs.record()
+        """Record the steps that are usual, where that is of use."""
+        if self.decoder.device.type == "cuda":
+            with torch.inference_mode():
+                self._graphs.record()
 
     def copy(self, copies: list[RowCopy]) -> None:
         """Move and free rows of the cache."""

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence as Seq
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from lorax_serve.adapter import LoRAWeights
 from lorax_serve.config import EngineConfig
-from lorax_serve.core import BASE, Batch, ModelInfo, SamplingParams, Sequence
-from lorax_serve.errors import InvalidRequest, ModelUnsupported
-from lorax_serve.kernels.build import KernelsUnavailable
-from lorax_serve.kernels.cpu import load as load_kernels
-from lorax_serve.model.compiled_decoder import CompiledDecoder, check_sizes
-from lorax_serve.model.decoder import Decoder
-from lorax_serve.model.direct import DirectSteps
+from lorax_serve.core import BASE, Batch, ModelInfo, RowCopy, SamplingParams, Sequence
+from lorax_serve.model.arena import ArenaAdapter
+from lorax_serve.model.build import build, choose_device, choose_dtype
 from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.model.fold import fold, without_copies
 from lorax_serve.model.folded import FoldedAdapter
-from lorax_serve.model.kv_cache import affordable_tokens
 from lorax_serve.model.launched import Launched
 from lorax_serve.model.loader import load_weights
 from lorax_serve.model.packed_lora import PackedAdapter
+from lorax_serve.model.paged_steps import PagedSteps
 from lorax_serve.model.sampler import Sample
 from lorax_serve.model.source import resolve_model
-from lorax_serve.model.spec import DecoderSpec
 from lorax_serve.model.spec_cache import load_spec
 from lorax_serve.model.weights import DecoderWeights
 
 __all__ = ["HostAdapter", "Launched", "ModelRunner"]
 
-HostAdapter = FoldedAdapter | PackedAdapter
+HostAdapter = FoldedAdapter | PackedAdapter | ArenaAdapter
 """An adapter in host memory, in the form that the decoder's slots take."""
-
-log = logging.getLogger(__name__)
-
-_DEFAULT_MAX_LENGTH = 4096
 
 
 class ModelRunner:
@@ -47,32 +36,52 @@ class ModelRunner:
     Owned by one thread; only ``fold``, ``without_copies`` and ``fingerprint`` may be called from
     another.
 
+    Attributes:
+        max_length: most tokens of a sequence.
+        kv_rows, kv_tokens: of the KV cache.
+        device_adapter_bytes: of adapters in slots; None: only the slots are counted.
+        modules: the model's, which adapters can change.
+        info: what is said of it.
+
     Raises:
         ModelUnsupported: the model cannot be found or run, or the device is not there.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         directory = resolve_model(config.model)
-        device = _device(config.device)
-        dtype = _dtype(config, load_spec(directory), device)
+        device = choose_device(config.device)
+        dtype = choose_dtype(config, load_spec(directory), device)
         with load_weights(directory, dtype, device) as weights:
-            self.max_length = _max_length(config, weights.spec)
-            self._decoder = _decoder(config, weights, self.max_length)
-        spec = self._decoder.spec
-        # Rows beyond the running sequences' keep prefixes. On a CPU they cost no memory, and with
-        # compiled kernels no time: plain torch attends over all rows up to the last that decodes.
-        spare = config.prefix_caching and self._decoder.kernels is not None
-        self.kv_rows = config.max_batch_size * (2 if spare else 1)
-        self._steps = DirectSteps(self._decoder, self.max_length, self.kv_rows)
-        self.kv_tokens = _kv_budget(config, self._steps.bytes_per_token, self.max_length, device)
+            self._set_up(config, weights, directory)
+
+    @classmethod
+    def from_weights(cls, config: EngineConfig, weights: DecoderWeights) -> ModelRunner:
+        """A runner of weights that come from no files; their device and dtype are the runner's.
+
+        It has no ``fingerprint``, since there are no files to take one of.
+        """
+        runner = cls.__new__(cls)
+        runner._set_up(config, weights, None)
+        return runner
+
+    def _set_up(
+        self, config: EngineConfig, weights: DecoderWeights, directory: Path | None
+    ) -> None:
+        built = build(config, weights)
+        self._steps = built.steps
+        self._decoder = decoder = built.steps.decoder
+        self.max_length, self.kv_rows = built.max_length, built.kv_rows
+        self.kv_tokens = built.kv_tokens
+        self.device_adapter_bytes = built.device_adapter_bytes
+        spec = decoder.spec
         self.modules = spec.modules()
         self._own_slot = config.adapter_slots  # the one after those that requests can have
         self._fingerprint = ""
         self.info = ModelInfo(
             model=config.model,
-            directory=str(Path(directory).resolve()),
-            dtype=str(dtype).removeprefix("torch."),
-            device=str(device),
+            directory="" if directory is None else str(directory.resolve()),
+            dtype=str(decoder.dtype).removeprefix("torch."),
+            device=str(decoder.device),
             vocab_size=spec.vocab_size,
             max_sequence_length=self.max_length,
             eos_token_ids=spec.eos_token_ids,
@@ -112,10 +121,17 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Run a prompt and a decoding step, so that the first request finds everything built."""
+        self._steps.record()
         probe = Sequence(0, [0] * 8, 7, None, SamplingParams(), 1, 0, frozenset(), kv_slot=0)
         self.run(Batch(prefills=[(probe, 8)]))
         probe.computed = 7
         self.run(Batch(decodes=[probe]))
+        self._steps.copy([RowCopy(probe.kv_slot, probe.kv_slot, 0)])
+
+    @property
+    def slots_copy(self) -> bool:
+        """Whether adapters in slots are copies, which stay when the host's own go."""
+        return isinstance(self._steps, PagedSteps) or self._decoder.device.type != "cpu"
 
     @property
     def runs_ahead(self) -> bool:
@@ -173,72 +189,3 @@ class ModelRunner:
             return wanted
         finally:
             self.clear_adapter(self._own_slot)
-
-
-def _max_length(config: EngineConfig, spec: DecoderSpec) -> int:
-    limit = spec.max_positions
-    length = config.max_sequence_length or min(limit, _DEFAULT_MAX_LENGTH)
-    if length > limit:
-        raise ModelUnsupported(f"max_sequence_length {length}: this model's limit is {limit}")
-    return length
-
-
-def _decoder(
-    config: EngineConfig, weights: DecoderWeights, max_length: int
-) -> Decoder | CompiledDecoder:
-    """The compiled decoder where this machine can run it, else the one in plain torch."""
-    if config.kernels == "torch":
-        if config.batch_invariant:
-            raise ModelUnsupported("--batch-invariant needs compiled kernels, not --kernels torch")
-        return Decoder(weights)
-    try:
-        return CompiledDecoder(weights, max_length, batch_invariant=config.batch_invariant)
-    except KernelsUnavailable as error:
-        if config.batch_invariant:
-            raise ModelUnsupported(f"--batch-invariant needs compiled kernels: {error}") from error
-        if config.kernels == "compiled":
-            raise ModelUnsupported(f"--kernels compiled: {error}") from error
-        log.info("no compiled kernels (%s): plain torch, which is slower on a CPU", error)
-        return Decoder(weights)
-
-
-def _kv_budget(
-    config: EngineConfig, bytes_per_token: int, length: int, device: torch.device
-) -> int:
-    """Tokens that the KV cache may hold: at least one sequence must be able to run to its end."""
-    most = config.kv_cache_tokens
-    if most is None:
-        most = config.max_batch_size * length
-        if device.type == "cpu":
-            most = max(length, min(most, affordable_tokens(bytes_per_token)))
-    if most < length:
-        raise InvalidRequest(
-            f"kv_cache_tokens {most} is less than one sequence may have: max_sequence_length is "
-            f"{length}"
-        )
-    return most
-
-
-def _dtype(config: EngineConfig, spec: DecoderSpec, device: torch.device) -> torch.dtype:
-    """The compute type; ``auto`` is bfloat16 unless it would be computed an element at a time."""
-    if config.dtype != "auto":
-        named: torch.dtype = getattr(torch, config.dtype)
-        return named
-    if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16
-    if config.kernels != "torch":
-        with suppress(KernelsUnavailable):
-            check_sizes(spec, torch.bfloat16, device)
-            load_kernels(torch.bfloat16)
-            return torch.bfloat16
-    log.info("torch multiplies no bfloat16 on this CPU: float32, which takes twice the memory")
-    return torch.float32
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelUnsupported(f"device {name!r} is not available: {error}") from error
-    return device

@@ -291,6 +291,7 @@ def test_what_requests_wait_for_is_read_before_new_adapters(
     assert [result.error is not None for result in failed].count(True) == 1
 
 
-def test_a_device_budget_is_not_for_a_cpu() -> None:
+def test_a_device_budget_is_not_for_a_cpu(tiny_model: Path) -> None:
+    config = EngineConfig(model=str(tiny_model), device="cpu", max_device_adapter_bytes=1)
     with pytest.raises(InvalidRequest, match="max_adapter_bytes"):
-        EngineConfig(max_device_adapter_bytes=1)
+        ModelRunner(config)

@@ -10,6 +10,7 @@ import torch
 from lorax_serve import adapter as leaf
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import Batch
+from lorax_serve.model.paged_steps import PagedSteps
 from lorax_serve.model.runner import ModelRunner
 
 
@@ -19,12 +20,20 @@ class LogitsRunner(ModelRunner):
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self.logits: dict[int, torch.Tensor] = {}
+        if isinstance(self._steps, PagedSteps):
+            self._draw = self._steps._draw
+            self._steps._draw = self._drawing  # type: ignore[assignment]
+            return
         self._compute = self._decoder.logits
         self._decoder.logits = self._remember  # type: ignore[method-assign]
 
     def _remember(self, hidden: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
         self.last = self._compute(hidden, slots)
         return self.last.clone()
+
+    def _drawing(self, logits: torch.Tensor, *how: torch.Tensor) -> torch.Tensor:
+        self.last = logits.clone()
+        return self._draw(logits, *how)
 
     def step(self, batch: Batch) -> None:
         results = self.run(batch)

@@ -213,7 +213,7 @@ def test_whole_models(base: str, kind: str, request: pytest.FixtureRequest, tmp_
     decoder = ours._decoder
     sites = [*decoder.spec.sites(), decoder.spec.output_site()]
     slots = ArenaLoRA(sites, torch.float32, CPU, reference, 1 << 24)
-    decoder.lora = slots  # type: ignore[assignment]
+    decoder.lora = slots
     for slot, name in enumerate(KINDS):
         write_variant(VARIANTS[name], model, kind, tmp_path / str(slot), slot)
         for runner in (theirs, ours):

@@ -79,10 +79,14 @@ TOLERANCE = 1e-4
     [
         pytest.param("tiny_model", ADAPTERS, "cpu", "torch", id="torch"),
         pytest.param("tiny_model", ADAPTERS, "cpu", "compiled", id="compiled", marks=needs_kernels),
-        pytest.param("tiny_model", ADAPTERS, "cuda", "torch", id="cuda", marks=pytest.mark.gpu),
+        pytest.param("tiny_model", ADAPTERS, "cpu", "paged", id="paged"),
         pytest.param("tiny_gpt2", GPT2_ADAPTERS, "cpu", "torch", id="gpt2"),
-        pytest.param(
-            "tiny_gpt2", GPT2_ADAPTERS, "cuda", "torch", id="gpt2-cuda", marks=pytest.mark.gpu
+        pytest.param("tiny_gpt2", GPT2_ADAPTERS, "cpu", "paged", id="gpt2-paged"),
+        *(
+            pytest.param(base, adapters, "cuda", kernels, id=f"{base}-{kernels}-cuda", marks=gpu)
+            for base, adapters in (("tiny_model", ADAPTERS), ("tiny_gpt2", GPT2_ADAPTERS))
+            for kernels in ("torch", "paged", "triton")
+            for gpu in [pytest.mark.gpu]
         ),
     ],
 )
