@@ -266,9 +266,10 @@ def test_gain_and_shift(
         random_adapter(site, (0, 0), 4, shift=True),
         random_adapter(site, (0, 0), 5),
         random_adapter(site, (2, 2), 6),
+        random_adapter(site, (0, 3), 7, gain=True),
     ]
     for dtype in dtypes:
-        check([0, 1, 2, 3, 4, 5, BASE, 2], adapters, site, dtype, device, biased=biased)
+        check([0, 1, 2, 3, 4, 5, 6, BASE, 2], adapters, site, dtype, device, biased=biased)
 
 
 def test_prompts(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
