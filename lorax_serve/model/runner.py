@@ -54,8 +54,24 @@ class ModelRunner:
         device = _device(config.device)
         dtype = _dtype(config, load_spec(directory), device)
         with load_weights(directory, dtype, device) as weights:
-            self.max_length = _max_length(config, weights.spec)
-            self._decoder = _decoder(config, weights, self.max_length)
+            self._set_up(config, weights, directory)
+
+    @classmethod
+    def from_weights(cls, config: EngineConfig, weights: DecoderWeights) -> ModelRunner:
+        """A runner of weights that come from no files; their device and dtype are the runner's.
+
+        It has no ``fingerprint``, since there are no files to take one of.
+        """
+        runner = cls.__new__(cls)
+        runner._set_up(config, weights, None)
+        return runner
+
+    def _set_up(
+        self, config: EngineConfig, weights: DecoderWeights, directory: Path | None
+    ) -> None:
+        device, dtype = weights.embedding.device, weights.embedding.dtype
+        self.max_length = _max_length(config, weights.spec)
+        self._decoder = _decoder(config, weights, self.max_length)
         spec = self._decoder.spec
         # Rows beyond the running sequences' keep prefixes. On a CPU they cost no memory, and with
         # compiled kernels no time: plain torch attends over all rows up to the last that decodes.
@@ -76,7 +92,7 @@ class ModelRunner:
         self._fingerprint = ""
         self.info = ModelInfo(
             model=config.model,
-            directory=str(Path(directory).resolve()),
+            directory="" if directory is None else str(directory.resolve()),
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             vocab_size=spec.vocab_size,
