@@ -87,9 +87,7 @@ class LocalEngine:
         self.times[request] = []
         self.sent[request] = time.perf_counter()
         self._engine.handle(
-            Submit(
-                request, tuple(prompt), adapter, SamplingParams(), new_tokens, 0, frozenset()
-            )
+            Submit(request, tuple(prompt), adapter, SamplingParams(), new_tokens, 0, frozenset())
         )
         return request
 

@@ -34,9 +34,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         "ranks": list(sizes.slora_ranks),
         "requests": sizes.requests,
         "runs": runs,
-        "most_over_fewest": digits(
-            most["output_tokens_per_s"] / least["output_tokens_per_s"]
-        ),
+        "most_over_fewest": digits(most["output_tokens_per_s"] / least["output_tokens_per_s"]),
     }
 
 
