@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -77,11 +78,13 @@ def _their_batching(bench: Bench, model: Any, prompts: list[list[int]], new: int
     count, longest = len(prompts), len(prompts[0]) + new
     pages = count * (math.ceil(longest / _PAGE) + 1)
     # As many tokens in a step as ours has, and a cache that holds all requests.
-    settings = ContinuousBatchingConfig(
-        page_size=_PAGE, num_blocks=pages, max_batch_tokens=bench.sizes.prefill_tokens
-    )
+    names = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    page = "page_size" if "page_size" in names else "block_size"  # its name up to some 5.x
+    limits: dict[str, Any] = {page: _PAGE, "num_blocks": pages}
+    settings = ContinuousBatchingConfig(max_batch_tokens=bench.sizes.prefill_tokens, **limits)
+    greedy: Any = GenerationConfig
     manager = model.continuous_batching_context_manager(
-        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+        generation_config=greedy(do_sample=False, eos_token_id=-1, pad_token_id=0),
         continuous_batching_config=settings,
         workload_hints=WorkloadHints(
             max_prompt_length=len(prompts[0]), max_generated_length=new, num_requests=count
@@ -92,7 +95,7 @@ def _their_batching(bench: Bench, model: Any, prompts: list[list[int]], new: int
         for _ in range(2):  # the first time is a warm-up
             started = time.perf_counter()
             running.add_requests(prompts, max_new_tokens=new, record_timestamps=True)
-            results = []
+            results: list[Any] = []
             while len(results) < count:
                 result = running.get_result(timeout=1)
                 if result is not None and result.is_finished():

@@ -26,6 +26,7 @@ class RandomLlama:
     Attributes:
         config: transformers' description of the model.
         spec: ours.
+        layers: ours, in order.
     """
 
     def __init__(
@@ -44,12 +45,12 @@ class RandomLlama:
         self._embedding = self._random(vocab, hidden)
         self._head = self._embedding if self.spec.tied_embeddings else self._random(vocab, hidden)
         self._norm = self._ones()
-        self._layers = [self._layer() for _ in range(self.spec.num_layers)]
+        self.layers = [self._layer() for _ in range(self.spec.num_layers)]
 
     def decoder_weights(self) -> DecoderWeights:
         """For ``ModelRunner.from_weights``; the tensors are the same each time."""
         return DecoderWeights(
-            self.spec, self._embedding, None, self._norm, self._head, iter(self._layers)
+            self.spec, self._embedding, None, self._norm, self._head, iter(self.layers)
         )
 
     def transformers_model(self) -> Any:
@@ -64,11 +65,11 @@ class RandomLlama:
         _put(inner.norm, self._norm.weight)
         _put(model.lm_head, self._head)
         q, kv = (n * self.spec.head_dim for n in (self.spec.num_heads, self.spec.num_kv_heads))
-        for theirs, ours in zip(inner.layers, self._layers, strict=True):
+        for theirs, ours in zip(inner.layers, self.layers, strict=True):
             attention, mlp = theirs.self_attn, theirs.mlp
             _put(theirs.input_layernorm, ours.input_norm.weight)
             _put(theirs.post_attention_layernorm, ours.post_norm.weight)
-            parts = ours.qkv.weight.split([q, kv, kv])
+            parts = torch.split(ours.qkv.weight, [q, kv, kv])
             for linear, part in zip(
                 (attention.q_proj, attention.k_proj, attention.v_proj), parts, strict=True
             ):
