@@ -57,7 +57,9 @@ def main() -> int:
     options = flags.parse_args()
     shape, out = SHAPES[options.shape], options.out
     failed = run(shape, torch.device(options.device), options.kernels, options.part, out)
-    print(json.dumps(figures(shape, read_parts(out, shape.name, tuple(PARTS)))), flush=True)
+    results = read_parts(out, shape.name, tuple(PARTS))
+    print(json.dumps(figures(shape, results)), flush=True)
+    plot(shape, results, out)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -97,7 +99,6 @@ def run(
             "part_seconds": round(seconds, 1),
         }
         write_result(out, f"gpu_{part}_{shape.name}", {**context, **result})
-        _plot(shape, part, result, out, _name(device))
     return failed
 
 
@@ -108,12 +109,14 @@ def _errors(result: object) -> int:
     return sum(map(_errors, result)) if isinstance(result, list) else 0
 
 
-def _plot(shape: Shape, part: str, result: dict[str, Any], out: Path, device: str) -> None:
-    path = out / f"gpu_{part}_{shape.name}.png"
-    if part == "decode":
-        draw(decode_chart(shape, result), path)
-    elif part == "kernels":
-        draw_roofline(result, f"Kernels at the sizes of Llama {shape.name}, {device}", path)
+def plot(shape: Shape, results: dict[str, dict[str, Any]], out: Path) -> None:
+    """Draw the parts that have something to draw."""
+    if "decode" in results:
+        chart = decode_chart(shape, results["decode"])
+        draw(chart, out / f"gpu_decode_{shape.name}.png")
+    if "kernels" in results:
+        title = f"Kernels at the sizes of Llama {shape.name}, {results['kernels']['device']}"
+        draw_roofline(results["kernels"], title, out / f"gpu_kernels_{shape.name}.png")
 
 
 def _name(device: torch.device) -> str:

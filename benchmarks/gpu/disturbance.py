@@ -62,6 +62,8 @@ def _run(bench: Bench, kind: str, place: Path, rank: int) -> dict[str, float]:
             break
         if number % sizes.load_every == 0 and kind not in ("quiet", "warm-up"):
             count += next(intrusions)
+    if not count and kind not in ("quiet", "warm-up"):
+        raise RuntimeError(f"{kind}: nothing came in while the streams ran: make them longer")
     gaps = [
         1e3 * (later - earlier)
         for stream in streams

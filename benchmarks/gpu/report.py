@@ -57,7 +57,7 @@ def figures(shape: Shape, results: Mapping[str, Mapping[str, Any]]) -> dict[str,
             "prefill", lambda it: max(row["base_tokens_per_s"] for row in it["cases"])
         ),
         "prefill_lora_over_base": ask("prefill", lambda it: it["cases"][-1]["lora_over_base"]),
-        "over_peft_mixed": ask("peers", lambda it: it["peft"]["lorax_over_peft_mixed"]),
+        "step_over_peft_mixed": ask("peers", lambda it: it["peft"]["lorax_over_peft_mixed"]),
         "throughput_over_continuous_batching": ask(
             "peers", lambda it: it["continuous_batching"]["throughput_over_transformers"]
         ),
