@@ -51,10 +51,12 @@ def main() -> int:
         "--part", nargs="*", choices=PARTS, default=list(PARTS), help="none: only the last line"
     )
     flags.add_argument("--shape", choices=SHAPES, default="8b")
-    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flags.add_argument("--device", default="cuda", help="cpu is for --shape tiny")
     flags.add_argument("--kernels", choices=KERNELS, default="auto", help="as lorax-serve's")
     flags.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = flags.parse_args()
+    if options.part and options.device.startswith("cuda") and not torch.cuda.is_available():
+        flags.error("no CUDA device: --shape tiny --device cpu shows that all of it runs")
     shape, out = SHAPES[options.shape], options.out
     failed = run(shape, torch.device(options.device), options.kernels, options.part, out)
     results = read_parts(out, shape.name, tuple(PARTS))
@@ -71,14 +73,19 @@ def run(
     """Run parts and write their results; returns the names of those that failed."""
     if not parts:
         return []
+    for part in parts:
+        (out / f"gpu_{part}_{shape.name}.json").unlink(missing_ok=True)
     started = time.perf_counter()
-    bench = Bench(shape, device, kernels_flag)
+    try:
+        bench = Bench(shape, device, kernels_flag)
+    except Exception:  # what was measured before is still to be summed up
+        traceback.print_exc()
+        return parts
     ready = time.perf_counter() - started
     say(f"{shape.name} on {_name(device)}: ready in {ready:.1f} s")
     failed = []
     for part in parts:
         started = time.perf_counter()
-        (out / f"gpu_{part}_{shape.name}.json").unlink(missing_ok=True)
         try:
             result = PARTS[part](bench)
         except Exception:  # the other parts may still have their figures
