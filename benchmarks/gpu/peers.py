@@ -183,7 +183,7 @@ def _with_adapters(bench: Bench, model: Any, rank: int, count: int) -> Any:
         mixed = get_peft_model(model, config(), adapter_name="a0", **own)
         for number in range(1, count):
             mixed.add_adapter(f"a{number}", config(), **own)
-    return mixed.to(bench.dtype).eval()
+    return mixed.eval()
 
 
 @torch.inference_mode()
