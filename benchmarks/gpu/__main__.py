@@ -9,6 +9,7 @@ and the exit code is 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -91,7 +92,8 @@ def run(
         except Exception:  # the other parts may still have their figures
             traceback.print_exc()
             failed.append(part)
-            bench.release()
+            with contextlib.suppress(Exception):  # after a fault of the device nothing works
+                bench.release()
             continue
         if errors := _errors(result):
             failed.append(f"{part} ({errors} of its cases)")
