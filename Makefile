@@ -7,7 +7,8 @@ export HF_HUB_OFFLINE ?= 1
 BENCHMARKS := offline over_grpc startup popularity many_adapters thrash cold_load base_tax \
 	long_prompt prefix load_disturbance load_scaling batch_invariance quantized_base
 
-.PHONY: setup demo elixir-guide test kernel-test fidelity lint proto bench bench-peers bench-train bench-all gpu-check clean
+.PHONY: setup demo elixir-guide test kernel-test fidelity lint proto bench bench-peers bench-train bench-all \
+	gpu-check gpu-check-kernels gpu-check-serving clean
 
 setup: $(READY)
 
@@ -62,9 +63,30 @@ bench-train: setup
 bench-all: setup
 	for each in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$each || exit 1; done
 
-# On a machine with a CUDA device, in an environment that has torch, triton, transformers and peft.
+# On a machine with a CUDA device of 80 GB, in an environment that has torch, triton, transformers,
+# peft, matplotlib and pytest: nothing is installed. Its last line is one of JSON: the figures of
+# both halves, which can be run one at a time where a command may not take long.
+GPU_TESTS ?= tests/gpu tests/model tests/train/test_train_distributed.py
 gpu-check:
-	$(PYTHON) -m pytest -m gpu
+	@status=0; \
+	$(MAKE) --no-print-directory gpu-check-kernels || status=1; \
+	$(MAKE) --no-print-directory gpu-check-serving || status=1; \
+	exit $$status
+
+# The tests, then steps alone: kernels, decoding and prompts.
+gpu-check-kernels:
+	@status=0; \
+	$(PYTHON) -m pytest -m gpu $(GPU_PYTEST) $(GPU_TESTS) || status=1; \
+	$(PYTHON) -m benchmarks.gpu --shape 1b --part decode prefill || status=1; \
+	$(PYTHON) -m benchmarks.gpu --shape 8b --part kernels decode prefill || status=1; \
+	exit $$status
+
+# The engine, and peers on the same weights.
+gpu-check-serving:
+	$(PYTHON) -m benchmarks.gpu --shape 8b --part adapter_load disturbance slora peers
+
+# The plugins that pyproject.toml configures need not be there.
+GPU_PYTEST := -o addopts=-q -W ignore::pytest.PytestConfigWarning
 
 clean:
 	rm -rf $(VENV) .venv-vllm out build *.egg-info

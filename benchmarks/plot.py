@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Chart", "draw"]
+__all__ = ["COLOURS", "Chart", "draw"]
 
 # Ours first; told apart in greyscale and by colour-blind readers too.
-_COLOURS = ("#1b6ca8", "#e6a23c", "#8c8c8c", "#6ab187", "#b3446c", "#4d4d4d")
+COLOURS = ("#1b6ca8", "#e6a23c", "#8c8c8c", "#6ab187", "#b3446c", "#4d4d4d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def draw(chart: Chart, path: Path) -> None:
 
 
 def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]
+    return COLOURS[number % len(COLOURS)]
 
 
 def _label(value: float) -> str:
