@@ -13,5 +13,7 @@ def test_for_an_h100(tmp_path: Path) -> None:
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "tests.gpu.compile_for_gpu"]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, check=False, cwd=root, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
