@@ -217,6 +217,29 @@ def test_a_cached_prefix_goes_on_from_its_middle() -> None:
     check(cache)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_device_far_behind_the_host() -> None:
+    """Each step's changes reach it in their turn, though nobody waits."""
+    cache = PagedKVCache(2, 3, 1, 2048, 1, torch.int64, torch.device("cuda"), 140)
+    cache._storage.zero_()
+    seen, expected = [], []
+    torch.cuda._sleep(200_000_000)
+    for n in range(60):
+        cache.reserve(0, n * PAGE, (n + 1) * PAGE)
+        cache.flush()
+        cache.layer(1).keys[:, :, 3] += cache.table[0, n]
+        cache.copy([RowCopy(0, 1, n * PAGE + 5)])
+        cache.flush()
+        seen.append((cache.table.clone(), cache.layer(1).gather(1, n * PAGE + 4)[0]))
+        expected.append([list(row) for row in cache._rows])
+    for (table, keys), rows in zip(seen, expected, strict=True):
+        for entries, row in zip(table.tolist(), rows, strict=True):
+            assert entries == row + [-1] * (len(entries) - len(row))
+        assert keys[0, -1].item() >= rows[0][-1]
+    check(cache)
+
+
 class Rows:
     """``KVRows`` and its pages, driven at random; every position's content is known."""
 
