@@ -38,8 +38,8 @@ class LayerPages:
         ``[kv_heads, length, head_dim]``; what lies after them in the last page is not in it."""
         pages = self.table[slot, : pages_of(length)]
         keys, values = (
-            # Copied to where attention wants it, heads first, in one pass.
-            cache.transpose(0, 1).index_select(1, pages).flatten(1, 2)[:, :length]
+            # Selected before the heads come first: on a CPU, torch would transpose all pages.
+            cache.index_select(0, pages).transpose(0, 1).flatten(1, 2)[:, :length]
             for cache in (self.keys, self.values)
         )
         return keys, values

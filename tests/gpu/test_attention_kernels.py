@@ -146,6 +146,8 @@ def test_a_row_s_bits_do_not_depend_on_the_batch(
         padding = torch.full((4, 40), -1, dtype=torch.int32, device=device)
         wider = LayerPages(pages.keys, pages.values, torch.cat((pages.table, padding), dim=1))
         assert torch.equal(attend(q, positions, slots, wider, 0.125), together)
+        view = LayerPages(pages.keys, pages.values, wider.table[:, : pages.table.shape[1]])
+        assert torch.equal(attend(q, positions, slots, view, 0.125), together)
 
 
 def test_a_row_with_nan_spoils_no_other(attend: DecodeAttention, device: torch.device) -> None:
