@@ -224,7 +224,7 @@ def test_a_device_far_behind_the_host() -> None:
     cache = PagedKVCache(2, 3, 1, 2048, 1, torch.int64, torch.device("cuda"), 140)
     cache._storage.zero_()
     seen, expected = [], []
-    torch.cuda._sleep(200_000_000)
+    torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
     for n in range(60):
         cache.reserve(0, n * PAGE, (n + 1) * PAGE)
         cache.flush()
