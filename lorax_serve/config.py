@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from lorax_serve.errors import InvalidRequest
 
-__all__ = ["DTYPES", "KERNELS", "PROBES", "EngineConfig", "ServerConfig"]
+__all__ = ["DTYPES", "KERNELS", "PROBES", "BatchLimits", "EngineConfig", "ServerConfig"]
 
 KERNELS = ("auto", "compiled", "torch", "triton", "paged")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PROBES = ("refuse", "warn", "off")
+
+
+class BatchLimits(NamedTuple):
+    """Sequences of a batch, and its prompt tokens."""
+
+    size: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +45,12 @@ class EngineConfig:
     batch_invariant: bool = False
     """Whether a request's tokens depend on nothing but itself: not on what is beside it, how its
     prompt was cut, or what was cached. Prompts take longer; needs compiled kernels."""
-    max_batch_size: int = 32
-    """Sequences that run at once; each has its own row of the KV cache."""
-    max_batch_tokens: int = 256
-    """Most prompt tokens computed in one step; longer prompts are split over steps."""
+    max_batch_size: int | None = None
+    """Sequences that run at once; each has its own row of the KV cache; default: 32, on a GPU
+    128."""
+    max_batch_tokens: int | None = None
+    """Most prompt tokens computed in one step; longer prompts are split over steps; default: 256,
+    on a GPU 2048."""
     max_prefill_slowdown: float = 2.0
     """How many times as long a step may take for the prompts computed beside sequences that decode,
     whose tokens come that much slower meanwhile; more if prompts outnumber those sequences."""
@@ -72,6 +82,11 @@ class EngineConfig:
     """Requests that wait for a place in the batch; more are refused as overload."""
     threads: int | None = None
     """CPU threads of the engine's process; default: the cores it may use."""
+
+    def batch_limits(self, on_gpu: bool) -> BatchLimits:
+        """Of a batch, with the defaults of such a device."""
+        size, tokens = (128, 2048) if on_gpu else (32, 256)
+        return BatchLimits(self.max_batch_size or size, self.max_batch_tokens or tokens)
 
     def __post_init__(self) -> None:
         _at_least(

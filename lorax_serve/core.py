@@ -336,6 +336,7 @@ class ModelInfo:
     device: str
     vocab_size: int
     max_sequence_length: int
+    max_batch_size: int
     eos_token_ids: tuple[int, ...]
     num_parameters: int
     kv_cache_bytes: int

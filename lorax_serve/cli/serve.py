@@ -103,7 +103,7 @@ def _report(server: object, config: ServerConfig) -> None:
         f"model     {info.model} ({info.num_parameters / 1e6:.0f} M parameters, {info.dtype} on "
         f"{info.device})",
         f"limits    {info.max_sequence_length} tokens a sequence, "
-        f"{config.engine.max_batch_size} sequences at once, "
+        f"{info.max_batch_size} sequences at once, "
         f"KV cache up to {info.kv_cache_bytes / 1e9:.2f} GB",
     ]
     lines += [

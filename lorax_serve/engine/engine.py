@@ -88,8 +88,7 @@ class Engine:
         self._rows = KVRows(runner.kv_rows, blocks, prefix_caching=config.prefix_caching)
         self._prefill_budget = PrefillBudget(config.max_prefill_slowdown)
         self._scheduler = Scheduler(
-            config.max_batch_size,
-            config.max_batch_tokens,
+            *runner.batch_limits,
             slots,
             self._rows,
             prompt_tokens_beside=self._prefill_budget.tokens,

@@ -75,7 +75,7 @@ class AsyncEngine:
         self.stats = EngineStats()
         self.died = asyncio.Event()
         self.on_step: Callable[[StepReport], None] = lambda report: None
-        self._in_flight_limit = config.max_batch_size + config.max_waiting
+        self._max_waiting = config.max_waiting
         self._sinks: dict[int, TokenSink] = {}
         self._calls: dict[int, asyncio.Future[object]] = {}
         self._call_ids = itertools.count(1)
@@ -120,7 +120,7 @@ class AsyncEngine:
             EngineFailed: the process is dead.
         """
         self._alive()
-        if len(self._sinks) >= self._in_flight_limit:
+        if len(self._sinks) >= self.info.max_batch_size + self._max_waiting:
             raise Overloaded(
                 f"{len(self._sinks)} requests are running or waiting, the most that this server "
                 "takes (--max-batch-size + --max-waiting); try again later"

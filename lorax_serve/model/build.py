@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorax_serve.config import EngineConfig
+from lorax_serve.config import BatchLimits, EngineConfig
 from lorax_serve.errors import InvalidRequest, ModelUnsupported
 from lorax_serve.gpu import ops
 from lorax_serve.kernels.build import KernelsUnavailable
@@ -46,6 +46,7 @@ class Built:
 
     Attributes:
         steps: the decoder with its cache and its adapter slots.
+        batch: of a step.
         max_length: most tokens of a sequence.
         kv_rows: sequences and cached prefixes that can have a row of the cache.
         kv_tokens: tokens that the cache may hold.
@@ -53,6 +54,7 @@ class Built:
     """
 
     steps: DirectSteps | PagedSteps
+    batch: BatchLimits
     max_length: int
     kv_rows: int
     kv_tokens: int
@@ -72,9 +74,10 @@ def build(config: EngineConfig, weights: DecoderWeights) -> Built:
             that is none.
     """
     length = _max_length(config, weights.spec)
+    batch = config.batch_limits(weights.embedding.device.type == "cuda")
     calls = _gpu_calls(config, weights.embedding.device)
     if calls is not None:
-        return _build_paged(config, weights, length, calls)
+        return _build_paged(config, batch, weights, length, calls)
     decoder = _decoder(config, weights, length)
     on_cpu = decoder.device.type == "cpu"
     if on_cpu and config.max_device_adapter_bytes is not None:
@@ -85,13 +88,13 @@ def build(config: EngineConfig, weights: DecoderWeights) -> Built:
     # Rows beyond the running sequences' keep prefixes. On a CPU they cost no memory, and with
     # compiled kernels no time: plain torch attends over all rows up to the last that decodes.
     spare = config.prefix_caching and decoder.kernels is not None
-    rows = config.max_batch_size * (2 if spare else 1)
+    rows = batch.size * (2 if spare else 1)
     steps = DirectSteps(decoder, length, rows)
-    most = config.max_batch_size * length
+    most = batch.size * length
     if on_cpu:
         most = max(length, min(most, affordable_tokens(steps.bytes_per_token)))
     tokens = _kv_tokens(config, length, most)
-    return Built(steps, length, rows, tokens, config.max_device_adapter_bytes)
+    return Built(steps, batch, length, rows, tokens, config.max_device_adapter_bytes)
 
 
 def choose_device(name: str) -> torch.device:
@@ -171,7 +174,11 @@ def _decoder(
 
 
 def _build_paged(
-    config: EngineConfig, weights: DecoderWeights, length: int, calls: ops.Ops
+    config: EngineConfig,
+    batch: BatchLimits,
+    weights: DecoderWeights,
+    length: int,
+    calls: ops.Ops,
 ) -> Built:
     device = weights.embedding.device
     adapters = config.max_device_adapter_bytes
@@ -189,20 +196,20 @@ def _build_paged(
         most = max(length, (free - total // _ACTIVATIONS_SHARE) // per_token)
     else:
         # Pages are counted once more for rows that keep prefixes; memory is touched as it is used.
-        most = max(length, min(config.max_batch_size * length, affordable_tokens(per_token)))
+        most = max(length, min(batch.size * length, affordable_tokens(per_token)))
     tokens = _kv_tokens(config, length, most)
     # A row is but a line of the table; those beyond the running sequences' keep prefixes.
-    rows = config.max_batch_size * (8 if config.prefix_caching else 1)
+    rows = batch.size * (8 if config.prefix_caching else 1)
     steps = PagedSteps(
         decoder,
         calls,
         rows=rows,
         max_length=length,
         tokens=tokens,
-        most_decodes=config.max_batch_size,
+        most_decodes=batch.size,
         capture=CudaCapture(device) if device.type == "cuda" else run_directly,
     )
-    return Built(steps, length, rows, tokens, adapters)
+    return Built(steps, batch, length, rows, tokens, adapters)
 
 
 def _kv_tokens(config: EngineConfig, length: int, most: int) -> int:

@@ -37,6 +37,7 @@ class ModelRunner:
     another.
 
     Attributes:
+        batch_limits: of a step.
         max_length: most tokens of a sequence.
         kv_rows, kv_tokens: of the KV cache.
         device_adapter_bytes: of adapters in slots; None: only the slots are counted.
@@ -70,6 +71,7 @@ class ModelRunner:
         built = build(config, weights)
         self._steps = built.steps
         self._decoder = decoder = built.steps.decoder
+        self.batch_limits = built.batch
         self.max_length, self.kv_rows = built.max_length, built.kv_rows
         self.kv_tokens = built.kv_tokens
         self.device_adapter_bytes = built.device_adapter_bytes
@@ -84,6 +86,7 @@ class ModelRunner:
             device=str(decoder.device),
             vocab_size=spec.vocab_size,
             max_sequence_length=self.max_length,
+            max_batch_size=built.batch.size,
             eos_token_ids=spec.eos_token_ids,
             num_parameters=spec.num_parameters,
             kv_cache_bytes=self.kv_tokens * self._steps.bytes_per_token,

@@ -59,6 +59,7 @@ class FakeEngine(AsyncEngine):
             device="cpu",
             vocab_size=len(WORDS),
             max_sequence_length=max_length,
+            max_batch_size=limit,
             eos_token_ids=(EOS,),
             num_parameters=123,
             kv_cache_bytes=456,
