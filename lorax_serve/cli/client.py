@@ -126,6 +126,12 @@ def _info(client: Any, options: argparse.Namespace) -> None:
     print(f"server      lorax-serve {model.server_version}")
 
 
+def _health(client: Any, _: argparse.Namespace) -> int:
+    serving = client.serving()
+    print("serving" if serving else "not serving")
+    return 0 if serving else 1
+
+
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     return given_sampling(options, ("priority",))
 
@@ -171,6 +177,10 @@ def _parser() -> argparse.ArgumentParser:
         )
     info = commands.add_parser("info", parents=[common], help="describe the server's model")
     info.set_defaults(run=_info)
+    health = commands.add_parser(
+        "health", parents=[common], help="whether it takes requests; exit code 1 if not"
+    )
+    health.set_defaults(run=_health)
 
     add_commands(commands, common)
     return parser

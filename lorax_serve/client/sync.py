@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Unpack
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorax_serve.client import requests
 from lorax_serve.client.failures import error_of
@@ -55,6 +56,7 @@ class Client:
         self._channel = grpc.insecure_channel(address, requests.channel_options(retries))
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
 
     def __enter__(self) -> Client:
         return self
@@ -130,6 +132,11 @@ class Client:
         """The base model."""
         request = generation_pb2.ModelInfoRequest()
         return Model.of(self._call(self._generation.ModelInfo, request, timeout))
+
+    def serving(self, *, timeout: float | None = None) -> bool:
+        """Whether the server takes requests: not while it starts or drains."""
+        answer = self._call(self._health.Check, health_pb2.HealthCheckRequest(), timeout)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def load_adapter(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import pytest_asyncio
+from grpc_health.v1 import health_pb2
 
 from lorax_serve import __version__
 from lorax_serve.cli.client import main
@@ -153,6 +154,13 @@ async def test_info(lorax: Lorax) -> None:
     assert "fake (123 parameters)" in out
     assert "float32 on cpu" in out
     assert __version__ in out
+
+
+async def test_health(harness: Harness, lorax: Lorax) -> None:
+    assert await lorax("health") == (0, "serving\n", "")
+    await harness.server._report_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+    assert await lorax("health") == (1, "not serving\n", "")
+    assert not await harness.client.serving()
 
 
 async def test_errors_are_one_line(lorax: Lorax) -> None:
