@@ -1,0 +1,38 @@
+{{/* What values.schema.json cannot say: how values go together. */}}
+{{- define "lorax.checks" -}}
+{{- $v := .Values -}}
+{{- $end := add $v.preStopSeconds $v.drainSeconds -}}
+{{- if and $v.terminationGraceSeconds (le (int $v.terminationGraceSeconds) (int $end)) -}}
+{{- fail (printf "terminationGraceSeconds (%d) must be more than preStopSeconds + drainSeconds (%d): running requests would be cut off" (int $v.terminationGraceSeconds) (int $end)) -}}
+{{- end -}}
+{{- $given := list -}}
+{{- range $name := list "manifest" "source" "existingClaim" -}}
+{{- if index $v.adapters $name -}}{{- $given = append $given $name -}}{{- end -}}
+{{- end -}}
+{{- if gt (len $given) 1 -}}
+{{- fail (printf "adapters: give one of %s" (join ", " $given)) -}}
+{{- end -}}
+{{- if and (eq $v.state.kind "none") (or $v.adapters.manifest $v.adapters.source $v.adapters.loadOnDemand) -}}
+{{- fail "state.kind none reads adapters where they are: adapters.manifest, source and loadOnDemand need another" -}}
+{{- end -}}
+{{- if and $v.adapters.loadOnDemand (not $v.adapters.source) (not $v.adapters.existingClaim) -}}
+{{- fail "adapters.loadOnDemand needs adapters.source or adapters.existingClaim to load from" -}}
+{{- end -}}
+{{- if eq $v.state.kind "existingClaim" -}}
+{{- if not $v.state.existingClaim -}}{{- fail "state.existingClaim: name the claim" -}}{{- end -}}
+{{- if or (ne (int $v.replicas) 1) (ne $v.autoscaling.kind "none") -}}
+{{- fail "state.kind existingClaim: one server uses a state directory at a time; set replicas: 1 and autoscaling.kind: none" -}}
+{{- end -}}
+{{- end -}}
+{{- if ne $v.autoscaling.kind "none" -}}
+{{- if lt (int $v.autoscaling.scaleDownSeconds) (int $v.drainSeconds) -}}
+{{- fail "autoscaling.scaleDownSeconds must be at least drainSeconds: pods would be taken away faster than they drain" -}}
+{{- end -}}
+{{- if lt (int $v.autoscaling.maxReplicas) (int $v.autoscaling.minReplicas) -}}
+{{- fail "autoscaling.maxReplicas is less than minReplicas" -}}
+{{- end -}}
+{{- if and (eq $v.autoscaling.kind "keda") (not $v.autoscaling.prometheus) -}}
+{{- fail "autoscaling.kind keda: say in autoscaling.prometheus where Prometheus is" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

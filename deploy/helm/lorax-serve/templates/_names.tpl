@@ -1,0 +1,64 @@
+{{- define "lorax.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "lorax.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- else if contains (include "lorax.name" .) .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name (include "lorax.name" .) | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What finds the pods; it can never change in a release. */}}
+{{- define "lorax.selector" -}}
+app.kubernetes.io/name: {{ include "lorax.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "lorax.labels" -}}
+{{ include "lorax.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{/* The beginning of every object's metadata. */}}
+{{- define "lorax.metadata" -}}
+name: {{ include "lorax.fullname" . }}
+namespace: {{ .Release.Namespace }}
+labels:
+  {{- include "lorax.labels" . | nindent 2 }}
+{{- end -}}
+
+{{- define "lorax.image" -}}
+{{- if .Values.image.digest -}}
+{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- else -}}
+{{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
+{{- end -}}
+{{- end -}}
+
+{{- define "lorax.serviceAccount" -}}
+{{ default (include "lorax.fullname" .) .Values.serviceAccount.name }}
+{{- end -}}
+
+{{/* The Pod Security Standard "restricted", and a root that nobody writes to. */}}
+{{- define "lorax.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{- define "lorax.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end -}}
