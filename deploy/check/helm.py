@@ -7,7 +7,6 @@ every machine, without another place to download from.
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -40,14 +39,11 @@ def render(helm: str, values: Path, *more: str, chart: Path = CHART) -> str:
         HelmFailed: the chart does not take these values.
     """
     command = [helm, "template", "lorax", str(chart), "--namespace", "serving"]
-    # Helm would look for plugins and registries in the home directory.
-    elsewhere = {f"HELM_{each}_HOME": os.devnull for each in ("CONFIG", "CACHE", "DATA")}
     done = subprocess.run(
         [*command, "--values", str(values), *more],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | elsewhere,
     )
     if done.returncode:
         raise HelmFailed(done.stderr.strip())

@@ -5,12 +5,11 @@
 {{- if and $v.terminationGraceSeconds (le (int $v.terminationGraceSeconds) (int $end)) -}}
 {{- fail (printf "terminationGraceSeconds (%d) must be more than preStopSeconds + drainSeconds (%d): running requests would be cut off" (int $v.terminationGraceSeconds) (int $end)) -}}
 {{- end -}}
-{{- $given := list -}}
-{{- range $name := list "manifest" "source" "existingClaim" -}}
-{{- if index $v.adapters $name -}}{{- $given = append $given $name -}}{{- end -}}
+{{- if and $v.adapters.source (or $v.adapters.manifest $v.adapters.existingClaim) -}}
+{{- fail "adapters.source excludes adapters.manifest and existingClaim: a server has one word on what it serves" -}}
 {{- end -}}
-{{- if gt (len $given) 1 -}}
-{{- fail (printf "adapters: give one of %s" (join ", " $given)) -}}
+{{- if and $v.adapters.loadOnDemand $v.adapters.manifest -}}
+{{- fail "adapters.loadOnDemand excludes adapters.manifest, which decides alone what is served" -}}
 {{- end -}}
 {{- if and (eq $v.state.kind "none") (or $v.adapters.manifest $v.adapters.source $v.adapters.loadOnDemand) -}}
 {{- fail "state.kind none reads adapters where they are: adapters.manifest, source and loadOnDemand need another" -}}
