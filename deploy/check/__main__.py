@@ -72,7 +72,9 @@ def main() -> int:
     checks.command("buf lint", str(helm.TOOLS / "buf"), "lint", cwd=helm.ROOT / "proto")
     for failure in checks.failures:
         print(failure)
-    shown = subprocess.run([binary, "version", "--short"], capture_output=True, text=True)
+    shown = subprocess.run(
+        [binary, "version", "--short"], capture_output=True, text=True, check=True
+    )
     figures = {
         "checks": checks.counts,
         "failed": len(checks.failures),
@@ -95,7 +97,7 @@ def _schemas(checks: Checks, text: str, where: str) -> None:
 
 
 def _policies(checks: Checks, renders: Path) -> None:
-    """Checkov on the chart's objects. The training manifests are examples for a namespace of yours."""
+    """Checkov on the chart's objects; the training manifests are examples to be changed."""
     done = subprocess.run(
         [str(helm.TOOLS / "checkov"), "--config-file", str(_HERE / "checkov.yaml"), "-d", renders],
         capture_output=True,

@@ -1,7 +1,7 @@
 """Build the image and serve with it as Kubernetes would: no root, no capability, nothing writable.
 
-The base image is made of Debian's packages, so that no registry of images is needed. The last line is
-one of JSON: the figures, or why nothing could be done.
+The base image is made of Debian's packages, so that no registry of images is needed. The last line
+is one of JSON: the figures, or why nothing could be done.
 """
 
 from __future__ import annotations
