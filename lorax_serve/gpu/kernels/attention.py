@@ -103,7 +103,15 @@ def decode_attention(
     return out
 
 
-@triton.jit
+# A page table's width, and where in an upload a row's numbers begin, change while a server runs: a
+# kernel compiled for each of them would be a second's wait each time.
+_varying = triton.jit(
+    do_not_specialize=["splits", "table_stride"],
+    do_not_specialize_on_alignment=["positions", "kv_slots"],
+)
+
+
+@_varying
 def _attend_splits(
     q,
     positions,
@@ -191,7 +199,7 @@ def _attend_splits(
         split += tl.num_programs(0)
 
 
-@triton.jit
+@_varying
 def _combine_splits(
     positions,
     kv_slots,
