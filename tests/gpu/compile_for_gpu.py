@@ -161,7 +161,7 @@ def main(everything: bool) -> None:
                 print(name, describe(kernel))
     else:
         attend(MODELS["qwen3-4b"], half)
-        attend(MODELS["gpt2"], torch.float32)
+        attend(MODELS["tiny"], torch.float32)
         between(MODELS["smollm2-135m"], half)
         add_lora(MODELS["tiny"], half)
         sample(MODELS["gpt2"])
