@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lorax_serve.core import PENDING, Batch, SamplingParams, StopReason, TokenOutput
+from lorax_serve.core import PENDING, AdapterInfo, Batch, SamplingParams, StopReason, TokenOutput
 from lorax_serve.engine.messages import Abort, DropAdapter, LoadAdapter, Submit
 from tests.engine.test_engine import Local, prompt
 
@@ -108,6 +108,7 @@ def load(local: Local, directories: list[Path]) -> int:
         local.engine.handle(local.inbox.get(timeout=60))
         (reply,) = local.report()
         assert reply.error is None
+        assert isinstance(reply.value, AdapterInfo)
         most = max(most, reply.value.nbytes)
     return most
 
