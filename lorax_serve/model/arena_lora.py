@@ -207,18 +207,21 @@ class ArenaLoRA:
             self._key = key
         return self._batch
 
-    def static_batch(self, rows: int, chunks: int, max_rank: int) -> ArenaBatch:
+    def static_batch(
+        self, rows: int, chunks: int, max_rank: int, chunk: int = DECODE_CHUNK
+    ) -> ArenaBatch:
         """A step of decoding rows alone whose plan ``fill`` changes in place, for a CUDA graph.
 
         Args:
             rows: of the step.
             chunks: of the plan: ``rows`` are always enough.
             max_rank: of the adapters that it can have.
+            chunk: rows of each; ``fill`` takes the usual number alone.
         """
         plan = LoRAPlan(
             torch.full((chunks,), -1, dtype=torch.int64, device=self._device),
-            torch.full((chunks, DECODE_CHUNK), -1, dtype=torch.int32, device=self._device),
-            DECODE_CHUNK,
+            torch.full((chunks, chunk), -1, dtype=torch.int32, device=self._device),
+            chunk,
             _power_of_two(max_rank),
         )
         everywhere = range(len(self._shapes))

@@ -84,9 +84,19 @@ class BaseModel:
             float32 ``[rows, vocab]``.
         """
         logits = self.base_logits(hidden)
+        self.change_logits(logits, hidden, slots, adapters)
+        return logits
+
+    def change_logits(
+        self,
+        logits: torch.Tensor,
+        hidden: torch.Tensor,
+        slots: Sequence[int],
+        adapters: OutputChanges,
+    ) -> None:
+        """Make of ``base_logits``, in place, what ``logits`` returns."""
         for rows, adapter in adapters.output_changes(slots):
             logits[rows] = self._own_logits(hidden[rows], adapter)
-        return logits
 
     def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of rows without adapter, or whose adapter leaves the output as it is."""

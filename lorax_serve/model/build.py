@@ -198,8 +198,13 @@ def _build_paged(
         # Pages are counted once more for rows that keep prefixes; memory is touched as it is used.
         most = max(length, min(batch.size * length, affordable_tokens(per_token)))
     tokens = _kv_tokens(config, length, most)
+    if device.type == "cuda":
+        # torch prefers cuDNN's attention on an H100, which is prepared anew, at length, for each
+        # length of a prompt.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     # A row is but a line of the table; those beyond the running sequences' keep prefixes.
     rows = batch.size * (8 if config.prefix_caching else 1)
+    recorded = device.type == "cuda" and config.kernels != "paged"
     steps = PagedSteps(
         decoder,
         calls,
@@ -207,7 +212,8 @@ def _build_paged(
         max_length=length,
         tokens=tokens,
         most_decodes=batch.size,
-        capture=CudaCapture(device) if device.type == "cuda" else run_directly,
+        # The calls in plain torch ask the device for numbers, which a graph cannot.
+        capture=CudaCapture(device) if recorded else run_directly,
     )
     return Built(steps, batch, length, rows, tokens, adapters)
 

@@ -42,18 +42,23 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, step: Callable[[], None]) -> Replay:
         """See ``Capture``."""
-        # Once without recording: kernels are compiled, and libraries take their workspaces.
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        # This block ends on the stream that it began on, whatever fails in it; the next need not.
+        with torch.cuda.stream(self._stream):
+            # Once without recording: kernels are compiled, and libraries take their workspaces,
+            # which they do for each stream.
             step()
-        torch.cuda.current_stream(self._device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            step()
+            # The thread that loads adapters allocates pinned memory meanwhile, and may.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                step()
+        current.wait_stream(self._stream)
         replay: Replay = graph.replay
         return replay
 
@@ -104,6 +109,7 @@ class DecodeGraphs:
         self._graphs: dict[_Key, _Graph] = {}
         vocab = decoder.spec.vocab_size
         self._logits = torch.zeros(self._sizes[-1], vocab, device=decoder.device)
+        self._hidden = decoder.base.embedding.new_zeros(self._sizes[-1], decoder.spec.hidden_size)
 
     def record(self) -> None:
         """Record the usual graphs, the largest first: smaller ones find room in its memory."""
@@ -119,10 +125,10 @@ class DecodeGraphs:
 
         Returns:
             float32 ``[rows, vocab]``, valid until the next call; None where no graph can do what
-            one of the adapters does.
+            one of the adapters does in the layers.
         """
         rows, adapters = len(layout.token_ids), layout.decode_adapters
-        lora = self._decoder.lora
+        decoder, lora = self._decoder, self._decoder.lora
         if rows > self._sizes[-1] or not lora.plain(adapters):
             return None
         size = self._sizes[bisect_left(self._sizes, rows)]
@@ -142,11 +148,13 @@ class DecodeGraphs:
             ],
             dtype=torch.int32,
         )
-        graph.inputs.copy_(to_device(new, self._decoder.device))
+        graph.inputs.copy_(to_device(new, decoder.device))
         if graph.lora is not None:
             lora.fill(graph.lora, adapters)
         graph.replay()
-        return self._logits[:rows]
+        logits = self._logits[:rows]
+        decoder.base.change_logits(logits, self._hidden[:rows], adapters, lora)
+        return logits
 
     def _graph(self, key: _Key) -> _Graph:
         found = self._graphs.get(key)
@@ -161,14 +169,15 @@ class DecodeGraphs:
         lora = None
         if key.chunks:
             lora = decoder.lora.static_batch(key.rows, key.chunks, key.max_rank)
-        out = self._logits[: key.rows]
+        logits, hidden = self._logits[: key.rows], self._hidden[: key.rows]
 
         def step() -> None:
             token_ids, positions, kv_slots = inputs.unbind()
             last = self._last_tokens[kv_slots.clamp(min=0)]
             token_ids = torch.where(token_ids < 0, last, token_ids)
             rows = Rows(token_ids, positions, kv_slots, key.rows, (), lora)
-            out.copy_(decoder.base.base_logits(decoder.forward(rows, self._cache)))
+            hidden.copy_(decoder.forward(rows, self._cache))
+            logits.copy_(decoder.base.base_logits(hidden))
 
         return _Graph(inputs, lora, self._capture(step))
 

@@ -10,8 +10,9 @@ import torch
 from lorax_serve.core import Batch, RowCopy, Sequence
 from lorax_serve.gpu.ops import Ops
 from lorax_serve.gpu.pages import pages_of
+from lorax_serve.model.arena_lora import PROMPT_CHUNK
 from lorax_serve.model.copies import to_device
-from lorax_serve.model.decode_graphs import Capture, DecodeGraphs
+from lorax_serve.model.decode_graphs import Capture, DecodeGraphs, run_directly
 from lorax_serve.model.gpu_sampler import DeviceSamples, sample_on_device
 from lorax_serve.model.layout import Layout, lay_out, lay_out_prompt
 from lorax_serve.model.paged_cache import PagedKVCache
@@ -64,6 +65,7 @@ class PagedSteps:
         self.cache = self._cache(rows, max_length, tokens)
         self._last_tokens = torch.zeros(rows, dtype=torch.int32, device=decoder.device)
         self._graphs = DecodeGraphs(decoder, self.cache, self._last_tokens, most_decodes, capture)
+        self._records = capture is not run_directly
 
     @property
     def bytes_per_token(self) -> int:
@@ -72,9 +74,10 @@ class PagedSteps:
 
     def record(self) -> None:
         """Record the steps that are usual, where that is of use."""
-        if self.decoder.device.type == "cuda":
+        if self._records:
             with torch.inference_mode():
                 self._graphs.record()
+                self._compile_for_prompts()
 
     def copy(self, copies: list[RowCopy]) -> None:
         """Move and free rows of the cache."""
@@ -113,6 +116,13 @@ class PagedSteps:
         cache.flush()
         hidden = self.decoder.forward(self._inputs(layout), cache)
         return self.decoder.logits(hidden[-1:], layout.sampled_adapters)[0]
+
+    def _compile_for_prompts(self) -> None:
+        """A row of padding with a prompt's plan, or the first prompt with an adapter would wait for
+        its LoRA kernels; graphs have the decoding rows', and a prompt of the base the rest."""
+        lora = self.decoder.lora.static_batch(1, 1, 1, chunk=PROMPT_CHUNK)
+        token_ids, positions, kv_slots = self._on_device([0, 0, -1], torch.int32).view(3, 1)
+        self.decoder.forward(Rows(token_ids, positions, kv_slots, 1, (), lora), self.cache)
 
     def _reserve(self, layout: Layout) -> None:
         for slot, position in zip(
