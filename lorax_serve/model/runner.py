@@ -21,6 +21,7 @@ from lorax_serve.model.launched import Launched
 from lorax_serve.model.layout import lay_out, lay_out_prompt
 from lorax_serve.model.loader import load_weights
 from lorax_serve.model.packed_lora import PackedAdapter
+from lorax_serve.model.paged_steps import PagedSteps
 from lorax_serve.model.parallel.leading import LeadingSteps
 from lorax_serve.model.parallel.stored_base import StoredBase
 from lorax_serve.model.parallel.workers import SharedAdapter, Workers, device_of
