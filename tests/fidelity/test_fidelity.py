@@ -49,7 +49,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 @pytest.mark.parametrize(
     "group",
     [
-        pytest.param(group, id=str(group), marks=needs_kernels if group.kernels != "torch" else ())
+        pytest.param(
+            group, id=str(group), marks=needs_kernels if group.kernels == "compiled" else ()
+        )
         for group in GROUPS
     ],
 )
