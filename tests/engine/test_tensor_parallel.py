@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from lorax_serve.adapter import match_weights, read
+from lorax_serve.adapter import match_weights, read, save
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import RowCopy, StopReason
-from lorax_serve.engine.messages import DropAdapter
-from lorax_serve.errors import InvalidRequest, ModelUnsupported
+from lorax_serve.engine.messages import DropAdapter, LoadAdapter
+from lorax_serve.errors import AdapterRejected, InvalidRequest, ModelUnsupported, RejectReason
+from lorax_serve.model.base_model import BaseModel
 from lorax_serve.model.fold import fold
 from lorax_serve.model.loader import load_weights
 from lorax_serve.model.parallel import workers as workers_module
@@ -51,7 +53,7 @@ def engine(model: Path, ranks: int, **settings: Any) -> Iterator[Local]:
 def adapters_of(kind: str, model: Path, place: Path) -> list[Path]:
     conv = kind == "gpt2"
     first, second = (["c_attn", "c_proj"], ["c_fc"]) if conv else (["q_proj", "v_proj"], ["o_proj"])
-    norms = ["ln_1", "ln_f"] if conv else ["input_layernorm", "norm"]
+    norms = ["ln_1", "ln_f"] if conv else ["input_layernorm", "model.norm"]
     configs: list[dict[str, Any]] = [
         {"r": 4, "lora_alpha": 8, "target_modules": first},
         {"r": 16, "use_rslora": True, "target_modules": "all-linear"},
@@ -61,7 +63,9 @@ def adapters_of(kind: str, model: Path, place: Path) -> list[Path]:
     made = []
     for seed, config in enumerate(configs):
         torch.manual_seed(seed)
-        made.append(save_peft_adapter(model, place / f"{kind}-{seed}", **config))
+        with warnings.catch_warnings():  # of PEFT, on Conv1D and on tied weights
+            warnings.simplefilter("ignore")
+            made.append(save_peft_adapter(model, place / f"{kind}-{seed}", **config))
     return made
 
 
@@ -78,14 +82,18 @@ def a_busy_day(local: Local, adapters: list[Path]) -> dict[int, list[tuple[int |
     local.load(3, adapters[2])
     local.load(4, adapters[3])
     for key in range(4, 9):
-        adapter = (3, 4, None, 2, 3)[key - 4]
+        adapter = (3, 3, 3, 4, None)[key - 4]
         local.submit(key, shared + prompt(key, key), adapter, new=12, logprobs=2)
     local.run()
     local.engine.handle(DropAdapter(9, 3))
+    local.report()
     local.load(5, adapters[2])  # the same under another number: its prefixes are known
     drawn = {"temperature": 0.9, "top_k": 20, "seed": 5, "repetition_penalty": 1.3}
     for key, adapter in ((9, 5), (10, 4), (11, None)):
         local.submit(key, shared + prompt(9, key), adapter, new=10, logprobs=0, **drawn)
+    local.run()
+    for key in range(12, 16):  # each begins in one page, and none is left when they grow
+        local.submit(key, prompt(9, key), (None, 1)[key % 2], new=60, logprobs=0)
     local.run()
     assert local.stats.preemptions > 0
     assert local.stats.prefix_cache_hits > 0
@@ -97,7 +105,6 @@ def a_busy_day(local: Local, adapters: list[Path]) -> dict[int, list[tuple[int |
     }
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 @pytest.mark.parametrize("kind", ["llama3_rope_and_biases", "gpt2", "qwen3"])
 def test_two_say_what_one_says(kind: str, tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", architectures()[kind])
@@ -124,22 +131,16 @@ def test_an_adapter_answers_its_probe(tiny_model: Path, make_adapter: Callable[.
     write_probe(tiny_model, directory)
     with engine(tiny_model, 2) as local:
         local.load(1, directory)
-        slow = make_adapter("wrong", 3, r=8, target_modules="all-linear")
-        files = read(directory)
-        assert files.metadata
-        with pytest.raises(AssertionError):  # of a load that is refused
-            local.load(2, damaged(directory, slow))
+        other = make_adapter("other", 3, r=8, target_modules="all-linear")
+        files = read(other)
+        save(other, files.config, files.tensors, read(directory).metadata)
+        local.engine.handle(LoadAdapter(2, 2, str(other)))
+        local.engine.handle(local.inbox.get(timeout=60))
+        (reply,) = local.report()
+        assert isinstance(reply.error, AdapterRejected)
+        assert reply.error.reason is RejectReason.PROBE_FAILED
         local.submit(1, prompt(10, 1), 1)
         assert len(local.run()[1]) == 8
-
-
-def damaged(probed: Path, other: Path) -> Path:
-    """An adapter with the probe of another."""
-    from lorax_serve.adapter import save
-
-    files, theirs = read(other), read(probed)
-    save(other, files.config, files.tensors, theirs.metadata)
-    return other
 
 
 @pytest.mark.parametrize("kind", ["llama3_rope_and_biases", "gpt2_relu_and_untied"])
@@ -150,7 +151,7 @@ def test_each_rank_has_its_part(kind: str, tmp_path: Path) -> None:
     whole, *parts = (layers_of(model, part) for part in (WHOLE, Part(0, 2), Part(1, 2)))
     for name, tensor in whole.items():
         have = [part[name] for part in parts if name in part]
-        site = name.split(".")[1]
+        site = name.split(".")[-2:][0]
         if site in ("o", "down") and name.endswith("bias"):
             assert len(have) == 1, "a bias that is added once"
         elif site in ("o", "down"):
@@ -164,8 +165,6 @@ def test_each_rank_has_its_part(kind: str, tmp_path: Path) -> None:
     spec = load_spec(model)
     directory = adapters_of("gpt2" if kind.startswith("gpt2") else "", model, tmp_path)[1]
     with load_weights(model, torch.float32, CPU) as weights:
-        from lorax_serve.model.base_model import BaseModel
-
         base = BaseModel(weights)
     files = read(directory)
     folded = fold(match_weights(files.config, files.tensors, spec.modules()), base)
@@ -248,10 +247,10 @@ def test_adapters_that_the_host_forgets_are_forgotten_everywhere(
         workers = local.runner._workers
         assert workers is not None
         for version in range(1, 4):
-            local.load(
-                version, make_adapter(f"a{version}", version, r=4, target_modules="all-linear")
-            )
+            directory = make_adapter(f"a{version}", version, r=4, target_modules="all-linear")
+            local.load(version, directory)
             local.engine.handle(DropAdapter(version, version))
+            local.report()
         assert list(workers._dropped) == [0, 1, 2]
         local.submit(1, prompt(10, 1))
         local.run()
