@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax_serve.client import AsyncClient, Chunk
+from lorax_serve.client import AsyncClient
 from lorax_serve.errors import LoraxError
 from lorax_serve.server.app import Server
 from tests.e2e.conftest import StartServer
@@ -36,7 +36,7 @@ def worker_of(server: Server) -> int:
     return worker
 
 
-async def to_the_end(stream: AsyncIterator[Chunk]) -> None:
+async def to_the_end(stream: AsyncIterator[object]) -> None:
     async for _ in stream:
         pass
 
