@@ -118,7 +118,6 @@ def read_weight(
         site: of ``spec``.
         part: of the site.
     """
-
     conv1d = spec.layout.conv1d
 
     def own(which: int, stored: torch.Tensor) -> torch.Tensor:
@@ -137,7 +136,6 @@ def read_bias(checkpoint: Checkpoint, site: Site, part: SitePart) -> torch.Tenso
     """A part of a site's bias; None if no slice has one."""
     if not any(each.has_bias for each in site.slices):
         return None
-
     biases: list[torch.Tensor | None] = []
     for which, each in enumerate(site.slices):
         own = partial(part.columns_of, which)

@@ -38,7 +38,8 @@ HostAdapter = FoldedAdapter | PackedAdapter | ArenaAdapter | SharedAdapter
 
 
 class ModelRunner:
-    """The base model, its KV cache and its adapter slots on one device.
+    """The base model, its KV cache and its adapter slots, on one device or on several, whose
+    processes it starts.
 
     Owned by one thread; only ``fold``, ``without_copies`` and ``fingerprint`` may be called from
     another.
@@ -52,6 +53,7 @@ class ModelRunner:
 
     Raises:
         ModelUnsupported: the model cannot be found or run, or the device is not there.
+        EngineFailed: another process, of several that compute the model, has ended.
     """
 
     _workers: Workers | None = None
