@@ -59,8 +59,11 @@ async def test_two_processes_serve_and_end_together(
     for ranks in (1, 2):
         server = await start_server(tmp_path, kernels="paged", tensor_parallel=ranks, threads=1)
         async with client_of(server) as client:
-            both = [await client.generate(PROMPT, adapter=name) for name in (None, "a")]
-            texts.append([answer.text for answer in both])
+            answers = [
+                await client.generate(PROMPT, adapter=name, max_new_tokens=8)
+                for name in (None, "a")
+            ]
+            texts.append([answer.text for answer in answers])
     assert texts[0] == texts[1]
     worker = worker_of(server)
     assert server.info.device == "2 x cpu"
@@ -83,8 +86,4 @@ async def test_an_idle_engine_ends_with_its_worker_and_the_worker_with_it(
     second = await start_server(kernels="paged", tensor_parallel=2, threads=1)
     worker = worker_of(second)
     os.kill(engine_of(second), signal.SIGKILL)
-    assert await asyncio.to_thread(gone, worker)
-    third = await start_server(kernels="paged", tensor_parallel=2, threads=1)
-    worker = worker_of(third)
-    await third.stop()
     assert await asyncio.to_thread(gone, worker)

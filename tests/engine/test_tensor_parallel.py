@@ -107,7 +107,10 @@ def a_busy_day(local: Local, adapters: list[Path]) -> dict[int, list[tuple[int |
 
 @pytest.mark.parametrize("kind", ["llama3_rope_and_biases", "gpt2", "qwen3"])
 def test_two_say_what_one_says(kind: str, tmp_path: Path) -> None:
-    save_tiny_model(tmp_path / "model", architectures()[kind])
+    config = architectures()[kind]
+    if kind == "qwen3":
+        config.vocab_size = 129  # the second one has a token less
+    save_tiny_model(tmp_path / "model", config)
     adapters = adapters_of(kind, tmp_path / "model", tmp_path)
     said = []
     for ranks in (1, 2):
