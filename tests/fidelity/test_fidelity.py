@@ -47,7 +47,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 
 def marks(group: Group) -> list[pytest.MarkDecorator]:
-    slow = group.ranks > 1 and group.dtype == "bfloat16"
+    slow = group.ranks > 1 and group.model != UNTIED
     return [needs_kernels] * (group.kernels == "compiled") + [pytest.mark.slow] * slow
 
 
