@@ -94,7 +94,7 @@ def _serve(config: EngineConfig, link: socket.socket, inbox: queue.SimpleQueue[o
         _send(link, engine.take_report())
         if runner.lost:  # the requests of the last step have been told
             runner.close()
-            sys.exit(1)
+            os._exit(1)  # not by way of NCCL, which would wait for the process that has failed
 
 
 def _drain(inbox: queue.SimpleQueue[object], *, wait: bool) -> list[object]:

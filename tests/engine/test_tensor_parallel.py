@@ -231,7 +231,7 @@ def test_a_rank_that_fails_ends_the_requests_with_its_reason(
         while local.engine.busy:
             local.engine.step()
             local.report()
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 60
         last = local.outputs[1][-1]
         assert last.stop_reason is StopReason.ERROR
         assert last.error is not None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from lorax_serve.model.parallel.part import WHOLE, Part
 
-__all__ = ["ALONE", "Group", "join"]
+__all__ = ["ALONE", "Group", "join", "leave"]
 
 # A rank that ends is noticed at once; this is for one that hangs. It is long because one may load
 # the model from a slow disk while another waits.
@@ -112,3 +112,9 @@ def join(part: Part, meeting: Path, device: torch.device) -> Group:
         device_id=device if cuda else None,
     )
     return _Many(part)
+
+
+def leave() -> None:
+    """End this process's part in the group, if it is in one; all ranks do so at the same time."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

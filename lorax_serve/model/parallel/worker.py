@@ -23,7 +23,7 @@ from lorax_serve.model.arena import ArenaAdapter
 from lorax_serve.model.build import build
 from lorax_serve.model.loader import load_weights
 from lorax_serve.model.paged_steps import PagedSteps
-from lorax_serve.model.parallel.group import join
+from lorax_serve.model.parallel.group import join, leave
 from lorax_serve.model.parallel.messages import (
     Begin,
     Clear,
@@ -121,6 +121,7 @@ def _work(begin: Begin, pipe: Connection, inbox: queue.SimpleQueue[Order]) -> No
     with torch.inference_mode():
         while not isinstance(order := inbox.get(), Stop):
             _do(order, steps, adapters)
+    leave()
 
 
 def _do(order: Order, steps: PagedSteps, adapters: _Adapters) -> None:

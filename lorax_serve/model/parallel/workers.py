@@ -20,12 +20,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from lorax_serve.config import EngineConfig
 from lorax_serve.errors import EngineFailed, LoraxError
 from lorax_serve.model.arena import ArenaAdapter
-from lorax_serve.model.parallel.group import Group, join
+from lorax_serve.model.parallel.group import Group, join, leave
 from lorax_serve.model.parallel.messages import (
     Begin,
     Failed,
@@ -199,6 +198,8 @@ class Workers:
         for worker in self._workers:
             with suppress(OSError):
                 send(worker.orders, Stop())
+        if not (self.lost and self._device.type == "cuda"):  # NCCL would wait for who has gone
+            leave()
         for worker in self._workers:
             try:
                 worker.process.wait(0 if self.lost else _STOP_SECONDS)
@@ -206,8 +207,6 @@ class Workers:
                 worker.process.kill()
                 worker.process.wait()
             worker.adapters.close()
-        if dist.is_initialized() and not (self.lost and self._device.type == "cuda"):
-            dist.destroy_process_group()
         shutil.rmtree(self._place, ignore_errors=True)
 
     def _watch(self, worker: _Worker) -> None:
