@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from lorax_serve.model.folded import FoldedAdapter
 from lorax_serve.model.lora_ops import add_lora_segment, replace_logits, scale_and_shift
+from lorax_serve.model.parallel.group import ALONE, Group
 from lorax_serve.model.spec import SITES_PER_LAYER, Activation, DecoderSpec
 from lorax_serve.model.weights import DecoderWeights, LinearWeights, Norm
 
@@ -35,10 +36,12 @@ class BaseModel:
     """Weights on one device, stateless; ``fold.BaseWeights``.
 
     Args:
-        weights: of the model; their layers are read to the end.
+        weights: of the model, or of this rank's part; their layers are read to the end.
+        group: the ranks that compute the model together.
     """
 
-    def __init__(self, weights: DecoderWeights) -> None:
+    def __init__(self, weights: DecoderWeights, group: Group = ALONE) -> None:
+        self.group = group
         self.spec: DecoderSpec = weights.spec
         self.embedding = weights.embedding
         self.positions = weights.positions
@@ -100,7 +103,7 @@ class BaseModel:
 
     def base_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of rows without adapter, or whose adapter leaves the output as it is."""
-        return F.linear(self.normed(hidden, self.norm), self.head).float()
+        return self._head(self.normed(hidden, self.norm)).float()
 
     def site_weights(self, site: int) -> LinearWeights:
         """See ``fold.BaseWeights``."""
@@ -125,9 +128,9 @@ class BaseModel:
         """Of rows that share an adapter that changes the output."""
         lora, output = adapter.sites[-1], adapter.output
         norm = self.norm if lora is None or lora.norm is None else lora.norm
-        weight = self.head if output is None or output.weight is None else output.weight
         h = self.normed(hidden, norm)
-        y = F.linear(h, weight)
+        own = None if output is None else output.weight
+        y = self._head(h) if own is None else F.linear(h, own)
         if lora is not None:
             add_lora_segment(h, y, lora)
             y = y if lora.plain else scale_and_shift(y, lora, None)
@@ -135,6 +138,10 @@ class BaseModel:
         if output is not None and output.tokens is not None:
             replace_logits(y, h, output.tokens)
         return y
+
+    def _head(self, h: torch.Tensor) -> torch.Tensor:
+        """The base's output for normed rows: ``[rows, vocab]``."""
+        return self.group.side_by_side(F.linear(h, self.head), self.spec.vocab_size)
 
 
 def rope_tables(spec: DecoderSpec) -> tuple[torch.Tensor, torch.Tensor]:

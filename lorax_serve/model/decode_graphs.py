@@ -37,7 +37,12 @@ def run_directly(step: Callable[[], None]) -> Replay:
 
 class CudaCapture:
     """A ``Capture`` of CUDA graphs, whose intermediate results share one pool of memory: graphs are
-    replayed one after the other, and no result but what they write to fixed addresses is kept."""
+    replayed one after the other, and no result but what they write to fixed addresses is kept.
+
+    NCCL's sums are recorded with the rest. For that, all ranks must record and replay the same
+    graphs in the same order, from the one thread that computes; and NCCL must have connected
+    before, which the step that is not recorded sees to.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

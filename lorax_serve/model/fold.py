@@ -18,11 +18,23 @@ from lorax_serve.model.folded import (
     TokenTable,
 )
 from lorax_serve.model.spec import DecoderSpec, Site, Slice
-from lorax_serve.model.weights import LinearWeights, Norm
+from lorax_serve.model.weights import Norm
 
-__all__ = ["BaseWeights", "fold", "without_copies"]
+__all__ = ["BaseWeights", "Linear", "fold", "without_copies"]
 
 _NORM_ROWS = 1024
+
+
+class Linear(Protocol):
+    """``LinearWeights``, or what reads them when they are looked at."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """See there."""
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """See there."""
 
 
 class BaseWeights(Protocol):
@@ -31,7 +43,7 @@ class BaseWeights(Protocol):
     spec: DecoderSpec
     dtype: torch.dtype
 
-    def site_weights(self, site: int) -> LinearWeights:
+    def site_weights(self, site: int) -> Linear:
         """Of a site; of the output, after the last."""
 
     def norm_weights(self, site: int) -> Norm | None:

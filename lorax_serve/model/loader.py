@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lorax_serve.errors import ModelUnsupported
+from lorax_serve.model.parallel.part import WHOLE, Part, SitePart
 from lorax_serve.model.shards import open_shards
-from lorax_serve.model.spec import SITES_PER_LAYER, DecoderSpec, Layout, Site
+from lorax_serve.model.spec import OUTPUT, SITES_PER_LAYER, DecoderSpec, Layout, Site
 from lorax_serve.model.spec_cache import load_spec
 from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
 
-__all__ = ["load_weights"]
+__all__ = [
+    "Checkpoint",
+    "load_weights",
+    "read_bias",
+    "read_head",
+    "read_norm",
+    "read_weight",
+]
 
 
 @contextmanager
 def load_weights(
-    directory: Path, dtype: torch.dtype, device: torch.device
+    directory: Path, dtype: torch.dtype, device: torch.device, part: Part = WHOLE
 ) -> Iterator[DecoderWeights]:
     """Open a Hugging Face model directory; its layers are read as they are asked for.
 
@@ -27,6 +36,7 @@ def load_weights(
         directory: with ``config.json`` and safetensors weights.
         dtype: of all weights and activations.
         device: where they live.
+        part: what is wanted of them; of the rest, nothing is brought into memory.
 
     Raises:
         ModelUnsupported: when a tensor is missing, has another shape than the config says, or is
@@ -34,8 +44,8 @@ def load_weights(
     """
     spec = load_spec(directory)
     with ExitStack() as stack:
-        checkpoint = _Checkpoint(directory, spec.layout, stack, dtype, device)
-        yield _weights(spec, checkpoint)
+        checkpoint = Checkpoint(directory, spec.layout, stack, dtype, device)
+        yield _weights(spec, checkpoint, part)
     left = checkpoint.unread()
     if left:
         raise ModelUnsupported(
@@ -44,7 +54,7 @@ def load_weights(
         )
 
 
-class _Checkpoint:
+class Checkpoint:
     """Tensors by their names in the whole model, over all shards; remembers which were read."""
 
     def __init__(
@@ -67,7 +77,14 @@ class _Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name.removeprefix(self._left_out) in self._shard_of
 
-    def get(self, name: str, *shape: int) -> torch.Tensor:
+    def get(
+        self, name: str, *shape: int, of: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """A tensor on the device, or what ``of`` makes of a view of it in its file.
+
+        Raises:
+            ModelUnsupported: it is not there, or has another shape.
+        """
         name = name.removeprefix(self._left_out)
         if name not in self._shard_of:
             raise ModelUnsupported(f"{self._directory}: the checkpoint has no tensor {name}")
@@ -78,17 +95,76 @@ class _Checkpoint:
                 f"{list(shape)}"
             )
         self._read.add(name)
-        result: torch.Tensor = tensor.to(self._device, self._dtype)
+        own = tensor if of is None else of(tensor)
+        result: torch.Tensor = own.to(self._device, self._dtype)
         return result
 
     def unread(self) -> list[str]:
+        """The names of tensors that nobody has asked for."""
         # Old checkpoints carry RoPE's frequencies or causal masks.
         return sorted(
             name for name in self._shard_of.keys() - self._read if not name.endswith(self._buffers)
         )
 
 
-def _weights(spec: DecoderSpec, checkpoint: _Checkpoint) -> DecoderWeights:
+def read_weight(
+    spec: DecoderSpec, checkpoint: Checkpoint, site: Site, part: SitePart
+) -> torch.Tensor:
+    """A part of a site's weight, ``[columns, inputs]``.
+
+    Args:
+        spec: of the whole model.
+        checkpoint: its files.
+        site: of ``spec``.
+        part: of the site.
+    """
+    conv1d = spec.layout.conv1d
+
+    def own(which: int, stored: torch.Tensor) -> torch.Tensor:
+        weight = stored.T if conv1d else stored
+        return part.columns_of(which, weight[:, part.inputs], 0)
+
+    weights = []
+    for which, each in enumerate(site.slices):
+        shape = (each.length, site.in_features)
+        name, stored_shape = f"{each.path}.weight", shape[::-1] if conv1d else shape
+        weights.append(checkpoint.get(name, *stored_shape, of=partial(own, which)))
+    return torch.cat(weights)
+
+
+def read_bias(checkpoint: Checkpoint, site: Site, part: SitePart) -> torch.Tensor | None:
+    """A part of a site's bias; None if no slice has one."""
+    if not any(each.has_bias for each in site.slices):
+        return None
+    biases: list[torch.Tensor | None] = []
+    for which, each in enumerate(site.slices):
+        own = partial(part.columns_of, which)
+        stored = checkpoint.get(f"{each.path}.bias", each.length, of=own) if each.has_bias else None
+        biases.append(stored)
+    like = next(bias for bias in biases if bias is not None)
+    return torch.cat(
+        [
+            like.new_zeros(width) if bias is None else bias
+            for bias, width in zip(biases, part.widths, strict=True)
+        ]
+    )
+
+
+def read_head(
+    spec: DecoderSpec, checkpoint: Checkpoint, tokens: slice = slice(None)
+) -> torch.Tensor:
+    """Rows of the output's weight that is tied to nothing, ``[tokens, hidden]``."""
+    name, shape = f"{OUTPUT}.weight", (spec.vocab_size, spec.hidden_size)
+    return checkpoint.get(name, *shape, of=lambda stored: stored[tokens])
+
+
+def read_norm(spec: DecoderSpec, checkpoint: Checkpoint, path: str, size: int) -> Norm:
+    """A norm of the kind that the spec names."""
+    weight = checkpoint.get(f"{path}.weight", size)
+    return Norm(weight, checkpoint.get(f"{path}.bias", size) if spec.norm == "layer" else None)
+
+
+def _weights(spec: DecoderSpec, checkpoint: Checkpoint, part: Part) -> DecoderWeights:
     names, hidden = spec.layout, spec.hidden_size
     embedding = checkpoint.get(f"{names.in_model(names.embedding)}.weight", spec.vocab_size, hidden)
     positions = None
@@ -97,29 +173,32 @@ def _weights(spec: DecoderSpec, checkpoint: _Checkpoint) -> DecoderWeights:
         positions = checkpoint.get(f"{path}.weight", spec.max_positions, hidden)
     sites = spec.sites()
     layers = (
-        _layer(spec, checkpoint, index, sites[index * SITES_PER_LAYER :][:SITES_PER_LAYER])
-        for index in range(spec.num_layers)
+        _layer(spec, checkpoint, layer, sites[layer * SITES_PER_LAYER :][:SITES_PER_LAYER], part)
+        for layer in range(spec.num_layers)
     )
-    norm = _norm(spec, checkpoint, names.in_model(names.norm), hidden)
+    norm = read_norm(spec, checkpoint, names.in_model(names.norm), hidden)
+    tokens = part.tokens(spec.vocab_size)
     if not spec.tied_embeddings:
-        head = checkpoint.get("lm_head.weight", spec.vocab_size, hidden)
+        head = read_head(spec, checkpoint, tokens)
     else:
-        head = embedding
-        if "lm_head.weight" in checkpoint:  # some checkpoints store the tied copy
-            stored = checkpoint.get("lm_head.weight", spec.vocab_size, hidden)
-            if not torch.equal(stored, embedding):
-                raise ModelUnsupported("lm_head.weight differs from the embedding it is tied to")
-    return DecoderWeights(spec, embedding, positions, norm, head, layers)
+        head = embedding if part == WHOLE else embedding[tokens]
+        stored = f"{OUTPUT}.weight" in checkpoint  # some checkpoints store the tied copy
+        if stored and not torch.equal(read_head(spec, checkpoint, tokens), head):
+            raise ModelUnsupported("lm_head.weight differs from the embedding it is tied to")
+    return DecoderWeights(part.spec(spec), embedding, positions, norm, head, layers)
 
 
 def _layer(
-    spec: DecoderSpec, checkpoint: _Checkpoint, index: int, sites: list[Site]
+    spec: DecoderSpec, checkpoint: Checkpoint, layer: int, sites: list[Site], part: Part
 ) -> LayerWeights:
     names = spec.layout
-    qkv, o, gate_up, down = (_fused(spec, checkpoint, site) for site in sites)
+    qkv, o, gate_up, down = (
+        _linear(spec, checkpoint, site, part.site(spec, index, site))
+        for index, site in enumerate(sites)
+    )
 
     def norm(name: str, size: int = spec.hidden_size) -> Norm:
-        return _norm(spec, checkpoint, names.in_layer(index, name), size)
+        return read_norm(spec, checkpoint, names.in_layer(layer, name), size)
 
     q_norm, k_norm = (
         (None, None)
@@ -138,23 +217,6 @@ def _layer(
     )
 
 
-def _norm(spec: DecoderSpec, checkpoint: _Checkpoint, path: str, size: int) -> Norm:
-    weight = checkpoint.get(f"{path}.weight", size)
-    return Norm(weight, checkpoint.get(f"{path}.bias", size) if spec.norm == "layer" else None)
-
-
-def _fused(spec: DecoderSpec, checkpoint: _Checkpoint, site: Site) -> LinearWeights:
-    weights = [
-        checkpoint.get(f"{part.path}.weight", site.in_features, part.length).T
-        if spec.layout.conv1d
-        else checkpoint.get(f"{part.path}.weight", part.length, site.in_features)
-        for part in site.slices
-    ]
-    biases = [
-        checkpoint.get(f"{part.path}.bias", part.length)
-        if part.has_bias
-        else weight.new_zeros(part.length)
-        for part, weight in zip(site.slices, weights, strict=True)
-    ]
-    has_bias = any(part.has_bias for part in site.slices)
-    return LinearWeights(torch.cat(weights), torch.cat(biases) if has_bias else None)
+def _linear(spec: DecoderSpec, checkpoint: Checkpoint, site: Site, part: SitePart) -> LinearWeights:
+    bias = read_bias(checkpoint, site, part)
+    return LinearWeights(read_weight(spec, checkpoint, site, part), bias if part.adds else None)

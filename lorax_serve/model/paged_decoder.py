@@ -18,6 +18,7 @@ from lorax_serve.model.arena_lora import ArenaBatch, ArenaLoRA
 from lorax_serve.model.base_model import BaseModel, rope_tables
 from lorax_serve.model.layout import PromptChunk
 from lorax_serve.model.paged_cache import PagedKVCache
+from lorax_serve.model.parallel.group import ALONE, Group
 from lorax_serve.model.spec import SITES_PER_LAYER
 from lorax_serve.model.weights import DecoderWeights, LinearWeights, Norm
 
@@ -50,13 +51,17 @@ class PagedDecoder:
         weights: of the model.
         ops: of one kind.
         arena_bytes: device memory for adapters, see ``Arena``.
+        group: the ranks that compute the model together, each with its part of the weights.
 
     Attributes:
         lora: the device's adapter slots.
     """
 
-    def __init__(self, weights: DecoderWeights, ops: Ops, arena_bytes: int) -> None:
-        self.base = base = BaseModel(weights)
+    def __init__(
+        self, weights: DecoderWeights, ops: Ops, arena_bytes: int, group: Group = ALONE
+    ) -> None:
+        self.base = base = BaseModel(weights, group)
+        self.group = group
         self.spec, self.dtype, self.device = base.spec, base.dtype, base.device
         self._ops = ops
         sites = [*self.spec.sites(), self.spec.output_site()]
@@ -92,10 +97,10 @@ class PagedDecoder:
             qkv = _linear(layer.qkv, h, lora, site)
             qkv = qkv.view(len(qkv), -1, self.spec.head_dim)
             attended = self._attend(qkv, rows, cache.layer(index), self._ropes[index])
-            y = _linear(layer.o, attended, lora, site + 1)
+            y = self.group.add_up(_linear(layer.o, attended, lora, site + 1))
             h = self._normed(x, y, layer.post_norm, lora, site + 2)
             h = self._activated(_linear(layer.gate_up, h, lora, site + 2))
-            y = _linear(layer.down, h, lora, site + 3)
+            y = self.group.add_up(_linear(layer.down, h, lora, site + 3))
         return x if y is None else x.add_(y)
 
     def logits(self, hidden: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:

@@ -16,7 +16,16 @@ import torch
 
 from lorax_serve.adapter import ModuleKind, ModuleShape
 
-__all__ = ["SITES_PER_LAYER", "Activation", "DecoderSpec", "Layout", "NormKind", "Site", "Slice"]
+__all__ = [
+    "OUTPUT",
+    "SITES_PER_LAYER",
+    "Activation",
+    "DecoderSpec",
+    "Layout",
+    "NormKind",
+    "Site",
+    "Slice",
+]
 
 SITES_PER_LAYER = 4
 OUTPUT = "lm_head"
