@@ -40,7 +40,7 @@ from lorax_serve.engine.probing import Prober
 from lorax_serve.engine.scheduler import Scheduler
 from lorax_serve.errors import AdapterRejected, EngineFailed, LoraxError
 from lorax_serve.model.runner import Launched, ModelRunner
-from lorax_serve.model.sampler import Sample
+from lorax_serve.model.sampling.sampler import Sample
 
 __all__ = ["Engine"]
 

@@ -8,24 +8,23 @@ from dataclasses import dataclass
 
 import torch
 
+from lorax_serve.checkpoint.part import Part
+from lorax_serve.checkpoint.spec import DecoderSpec
+from lorax_serve.checkpoint.weights import DecoderWeights
 from lorax_serve.config import BatchLimits, EngineConfig
 from lorax_serve.errors import InvalidRequest, ModelUnsupported
 from lorax_serve.gpu import ops
 from lorax_serve.kernels.build import KernelsUnavailable
 from lorax_serve.kernels.cpu import load as load_kernels
-from lorax_serve.model.compiled_decoder import CompiledDecoder, check_sizes
-from lorax_serve.model.decode_graphs import CudaCapture, run_directly
-from lorax_serve.model.decoder import Decoder
+from lorax_serve.model.decoders.compiled_decoder import CompiledDecoder, check_sizes
+from lorax_serve.model.decoders.decode_graphs import CudaCapture, run_directly
+from lorax_serve.model.decoders.decoder import Decoder
+from lorax_serve.model.decoders.kv_cache import affordable_tokens
+from lorax_serve.model.decoders.paged_cache import bytes_per_token
+from lorax_serve.model.decoders.paged_decoder import PagedDecoder
 from lorax_serve.model.direct import DirectSteps
-from lorax_serve.model.kv_cache import affordable_tokens
-from lorax_serve.model.paged_cache import bytes_per_token
-from lorax_serve.model.paged_decoder import PagedDecoder
+from lorax_serve.model.group import ALONE, Group
 from lorax_serve.model.paged_steps import PagedSteps
-from lorax_serve.model.parallel.group import ALONE, Group
-from lorax_serve.model.parallel.leading import LeadingSteps
-from lorax_serve.model.parallel.part import Part
-from lorax_serve.model.spec import DecoderSpec
-from lorax_serve.model.weights import DecoderWeights
 
 __all__ = ["Built", "build", "check_parallel", "choose_device", "choose_dtype"]
 
@@ -56,7 +55,7 @@ class Built:
         device_adapter_bytes: of adapters in slots; None: only the slots are counted.
     """
 
-    steps: DirectSteps | PagedSteps | LeadingSteps
+    steps: DirectSteps | PagedSteps
     batch: BatchLimits
     max_length: int
     kv_rows: int

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from lorax_serve.core import RowCopy, Sequence
-from lorax_serve.model.compiled_decoder import CompiledDecoder
-from lorax_serve.model.decoder import Decoder, ForwardBatch
-from lorax_serve.model.folded import FoldedAdapter
-from lorax_serve.model.kv_cache import KVCache
+from lorax_serve.model.adapters.folded import FoldedAdapter
+from lorax_serve.model.adapters.packed_lora import PackedAdapter
+from lorax_serve.model.decoders.compiled_decoder import CompiledDecoder
+from lorax_serve.model.decoders.decoder import Decoder, ForwardBatch
+from lorax_serve.model.decoders.kv_cache import KVCache
 from lorax_serve.model.launched import Done
 from lorax_serve.model.layout import Layout
-from lorax_serve.model.packed_lora import PackedAdapter
-from lorax_serve.model.sampler import sample
+from lorax_serve.model.sampling.sampler import sample
 
 __all__ = ["DirectSteps"]
 

@@ -10,16 +10,16 @@ import torch
 from lorax_serve.core import RowCopy, Sequence
 from lorax_serve.gpu.ops import Ops
 from lorax_serve.gpu.pages import pages_of
-from lorax_serve.model.arena import ArenaAdapter
-from lorax_serve.model.arena_lora import PROMPT_CHUNK
+from lorax_serve.model.adapters.arena import ArenaAdapter
+from lorax_serve.model.adapters.arena_lora import PROMPT_CHUNK
+from lorax_serve.model.adapters.folded import FoldedAdapter
 from lorax_serve.model.copies import to_device
-from lorax_serve.model.decode_graphs import Capture, DecodeGraphs, run_directly
-from lorax_serve.model.folded import FoldedAdapter
-from lorax_serve.model.gpu_sampler import DeviceSamples, sample_on_device
+from lorax_serve.model.decoders.decode_graphs import Capture, DecodeGraphs, run_directly
+from lorax_serve.model.decoders.paged_cache import PagedKVCache
+from lorax_serve.model.decoders.paged_decoder import PagedDecoder, Rows
 from lorax_serve.model.layout import Layout
-from lorax_serve.model.paged_cache import PagedKVCache
-from lorax_serve.model.paged_decoder import PagedDecoder, Rows
-from lorax_serve.model.sampler import Sample
+from lorax_serve.model.sampling.gpu_sampler import DeviceSamples, sample_on_device
+from lorax_serve.model.sampling.sampler import Sample
 
 __all__ = ["PagedSteps"]
 

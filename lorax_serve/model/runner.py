@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lorax_serve.adapter import LoRAWeights
+from lorax_serve.checkpoint.fingerprint import base_fingerprint
+from lorax_serve.checkpoint.loader import load_weights
+from lorax_serve.checkpoint.source import resolve_model
+from lorax_serve.checkpoint.spec import DecoderSpec
+from lorax_serve.checkpoint.spec_cache import load_spec
+from lorax_serve.checkpoint.weights import DecoderWeights
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import BASE, Batch, ModelInfo, RowCopy, SamplingParams, Sequence
 from lorax_serve.errors import ModelUnsupported
-from lorax_serve.model.arena import ArenaAdapter
+from lorax_serve.model.adapters.arena import ArenaAdapter
+from lorax_serve.model.adapters.fold import BaseWeights, fold, without_copies
+from lorax_serve.model.adapters.folded import FoldedAdapter
+from lorax_serve.model.adapters.packed_lora import PackedAdapter
 from lorax_serve.model.build import Built, build, check_parallel, choose_device, choose_dtype
-from lorax_serve.model.fingerprint import base_fingerprint
-from lorax_serve.model.fold import BaseWeights, fold, without_copies
-from lorax_serve.model.folded import FoldedAdapter
 from lorax_serve.model.launched import Launched
 from lorax_serve.model.layout import lay_out, lay_out_prompt
-from lorax_serve.model.loader import load_weights
-from lorax_serve.model.packed_lora import PackedAdapter
 from lorax_serve.model.paged_steps import PagedSteps
 from lorax_serve.model.parallel.leading import LeadingSteps
 from lorax_serve.model.parallel.stored_base import StoredBase
 from lorax_serve.model.parallel.workers import SharedAdapter, Workers, device_of
-from lorax_serve.model.sampler import Sample
-from lorax_serve.model.source import resolve_model
-from lorax_serve.model.spec import DecoderSpec
-from lorax_serve.model.spec_cache import load_spec
-from lorax_serve.model.weights import DecoderWeights
+from lorax_serve.model.sampling.sampler import Sample
 
 __all__ = ["HostAdapter", "Launched", "ModelRunner"]
 
@@ -89,8 +88,8 @@ class ModelRunner:
             with workers.together(), load_weights(directory, dtype, own, group.part) as weights:
                 built = build(config, weights, group)
             assert isinstance(built.steps, PagedSteps)
-            led = replace(built, steps=LeadingSteps(built.steps, workers, spec))
-            self._set_up(config, spec, led, directory, StoredBase(directory, dtype))
+            led = LeadingSteps(built.steps, workers, spec)
+            self._set_up(config, spec, built, directory, StoredBase(directory, dtype), led)
         except BaseException:
             workers.close()
             raise
@@ -117,9 +116,11 @@ class ModelRunner:
         built: Built,
         directory: Path | None,
         base: BaseWeights | None = None,
+        led: LeadingSteps | None = None,
     ) -> None:
-        """``spec`` and ``base`` are of the whole model; without ``base``, the decoder has it."""
-        self._steps = built.steps
+        """``spec`` and ``base`` are of the whole model; without ``base``, the decoder has it. With
+        other ranks, ``led`` are the steps of all."""
+        self._steps = built.steps if led is None else led
         self._decoder = decoder = built.steps.decoder
         self.batch_limits = built.batch
         self._base: BaseWeights = decoder.base if base is None else base

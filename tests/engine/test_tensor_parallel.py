@@ -13,19 +13,20 @@ import pytest
 import torch
 
 from lorax_serve.adapter import match_weights, read, save
+from lorax_serve.checkpoint.loader import load_weights
+from lorax_serve.checkpoint.part import WHOLE, Part
+from lorax_serve.checkpoint.spec_cache import load_spec
+from lorax_serve.checkpoint.weights import DecoderWeights
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import RowCopy, StopReason
 from lorax_serve.engine.messages import DropAdapter, LoadAdapter
 from lorax_serve.errors import AdapterRejected, InvalidRequest, ModelUnsupported, RejectReason
-from lorax_serve.model.base_model import BaseModel
-from lorax_serve.model.fold import fold
-from lorax_serve.model.loader import load_weights
+from lorax_serve.model.adapters.fold import fold
+from lorax_serve.model.decoders.base_model import BaseModel
 from lorax_serve.model.parallel import workers as workers_module
+from lorax_serve.model.parallel.cut import cut
 from lorax_serve.model.parallel.messages import Copy
-from lorax_serve.model.parallel.part import WHOLE, Part
 from lorax_serve.model.runner import ModelRunner
-from lorax_serve.model.spec_cache import load_spec
-from lorax_serve.model.weights import DecoderWeights
 from tests.engine.test_engine import Local, prompt
 from tests.engine.test_probe_at_load import write_probe
 from tests.helpers import save_peft_adapter, save_tiny_model
@@ -171,7 +172,7 @@ def test_each_rank_has_its_part(kind: str, tmp_path: Path) -> None:
         base = BaseModel(weights)
     files = read(directory)
     folded = fold(match_weights(files.config, files.tensors, spec.modules()), base)
-    sizes = {Part(rank, 2).adapter(spec, folded).nbytes for rank in range(2)}
+    sizes = {cut(folded, Part(rank, 2), spec).nbytes for rank in range(2)}
     (size,) = sizes
     # Of each pair, the one matrix that the cut goes through is halved; most of MLPs are wide.
     assert 0.5 < size / folded.nbytes < 0.8

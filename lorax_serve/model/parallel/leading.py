@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lorax_serve.checkpoint.part import Part
+from lorax_serve.checkpoint.spec import DecoderSpec
 from lorax_serve.core import RowCopy, Sequence
-from lorax_serve.model.folded import FoldedAdapter
+from lorax_serve.model.adapters.folded import FoldedAdapter
+from lorax_serve.model.decoders.paged_decoder import PagedDecoder
 from lorax_serve.model.launched import Launched
 from lorax_serve.model.layout import Layout
-from lorax_serve.model.paged_decoder import PagedDecoder
 from lorax_serve.model.paged_steps import PagedSteps
+from lorax_serve.model.parallel.cut import cut
 from lorax_serve.model.parallel.messages import Clear, Copy, Follow, LogitsAfter, Put, Record
-from lorax_serve.model.parallel.part import Part
 from lorax_serve.model.parallel.workers import SharedAdapter, Workers
-from lorax_serve.model.sampler import Sample
-from lorax_serve.model.spec import DecoderSpec
+from lorax_serve.model.sampling.sampler import Sample
 
 __all__ = ["LeadingSteps"]
 
@@ -78,7 +79,7 @@ class LeadingSteps:
             Overloaded: it is too large for the form that slots take.
             EngineFailed: a rank has ended.
         """
-        parts = [self._steps.prepare(part.adapter(self._spec, folded)) for part in self._parts]
+        parts = [self._steps.prepare(cut(folded, part, self._spec)) for part in self._parts]
         return self._workers.share(parts)
 
     def put(self, slot: int, adapter: SharedAdapter) -> None:

@@ -12,12 +12,12 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from lorax_serve.checkpoint.part import Part
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import RowCopy
-from lorax_serve.model.arena import ArenaAdapter
-from lorax_serve.model.folded import FoldedAdapter
+from lorax_serve.model.adapters.arena import ArenaAdapter
+from lorax_serve.model.adapters.folded import FoldedAdapter
 from lorax_serve.model.layout import Layout
-from lorax_serve.model.parallel.part import Part
 
 __all__ = [
     "Begin",

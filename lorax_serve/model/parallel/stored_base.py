@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from lorax_serve.model.loader import Checkpoint, read_bias, read_head, read_norm, read_weight
-from lorax_serve.model.parallel.part import WHOLE
-from lorax_serve.model.spec_cache import load_spec
-from lorax_serve.model.weights import Norm
+from lorax_serve.checkpoint.loader import Checkpoint, read_bias, read_head, read_norm, read_weight
+from lorax_serve.checkpoint.part import WHOLE
+from lorax_serve.checkpoint.spec_cache import load_spec
+from lorax_serve.checkpoint.weights import Norm
 
 __all__ = ["StoredBase"]
 

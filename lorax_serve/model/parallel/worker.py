@@ -18,12 +18,12 @@ from typing import NoReturn
 
 import torch
 
+from lorax_serve.checkpoint.loader import load_weights
 from lorax_serve.errors import LoraxError
-from lorax_serve.model.arena import ArenaAdapter
+from lorax_serve.model.adapters.arena import ArenaAdapter
 from lorax_serve.model.build import build
-from lorax_serve.model.loader import load_weights
+from lorax_serve.model.group import join, leave
 from lorax_serve.model.paged_steps import PagedSteps
-from lorax_serve.model.parallel.group import join, leave
 from lorax_serve.model.parallel.messages import (
     Begin,
     Clear,

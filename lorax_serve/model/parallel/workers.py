@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
+from lorax_serve.checkpoint.part import Part
 from lorax_serve.config import EngineConfig
 from lorax_serve.errors import EngineFailed, LoraxError
-from lorax_serve.model.arena import ArenaAdapter
-from lorax_serve.model.parallel.group import Group, join, leave
+from lorax_serve.model.adapters.arena import ArenaAdapter
+from lorax_serve.model.group import Group, join, leave
 from lorax_serve.model.parallel.messages import (
     Begin,
     Failed,
@@ -35,7 +36,6 @@ from lorax_serve.model.parallel.messages import (
     send,
     send_adapter,
 )
-from lorax_serve.model.parallel.part import Part
 
 __all__ = ["SharedAdapter", "Workers"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorax_serve.model.spec import DecoderSpec
+from lorax_serve.checkpoint.spec import DecoderSpec
 
 __all__ = ["DecoderWeights", "LayerWeights", "LinearWeights", "Norm"]
 

@@ -1,4 +1,4 @@
-"""Which part of a model, and of an adapter, each rank has.
+"""Which part of a model each rank of several has that compute it together.
 
 Linears before attention and before the activation (q, k, v; gate, up) are cut by columns: heads,
 and features of the MLP. Those after (o, down) are cut by the same features of their input, so that
@@ -10,13 +10,11 @@ but a row a token.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 
+from lorax_serve.checkpoint.spec import SITES_PER_LAYER, DecoderSpec, Site
 from lorax_serve.errors import ModelUnsupported
-from lorax_serve.model.folded import FoldedAdapter, SiteLoRA
-from lorax_serve.model.spec import SITES_PER_LAYER, DecoderSpec, Site
 
 __all__ = ["WHOLE", "Part", "SitePart"]
 
@@ -112,23 +110,6 @@ class Part:
         each = -(-vocab_size // self.size)
         return slice(min(self.rank * each, vocab_size), min((self.rank + 1) * each, vocab_size))
 
-    def adapter(self, whole: DecoderSpec, folded: FoldedAdapter) -> FoldedAdapter:
-        """A rank's part of an adapter; what it does to norms, embedding and output is all there.
-
-        LoRA is cut as its linear is, so that it adds to the same part of the result: by columns of
-        B, with all of A, or by A's columns, with all of B. All ranks' parts have equal shapes.
-
-        Args:
-            whole: of the model.
-            folded: of the whole model.
-        """
-        sites = whole.sites()
-        parts = tuple(
-            None if lora is None else _cut(lora, site, self.site(whole, index, site))
-            for index, (lora, site) in enumerate(zip(folded.sites[:-1], sites, strict=True))
-        )
-        return replace(folded, sites=(*parts, folded.sites[-1]))
-
     def _share(self, start: int, length: int) -> slice:
         each = length // self.size
         return slice(start + self.rank * each, start + (self.rank + 1) * each)
@@ -136,31 +117,6 @@ class Part:
 
 WHOLE = Part()
 """The model on one device."""
-
-
-def _cut(lora: SiteLoRA, site: Site, part: SitePart) -> SiteLoRA:
-    widths = part.widths
-    starts = list(accumulate(widths[:-1], initial=0))
-    which = {each.start: number for number, each in enumerate(site.slices)}
-    parts = []
-    for rows, columns, b in lora.parts:
-        number = which[columns.start]
-        own = slice(starts[number], starts[number] + widths[number])
-        parts.append((rows, own, part.columns_of(number, b).contiguous()))
-
-    def of_columns(vector: torch.Tensor) -> torch.Tensor:
-        return torch.cat(
-            [
-                part.columns_of(number, vector[each.start : each.start + each.length])
-                for number, each in enumerate(site.slices)
-            ]
-        )
-
-    shift = None if lora.shift is None else of_columns(lora.shift)
-    if shift is not None and not part.adds:
-        shift = torch.zeros_like(shift)  # not none: the parts must be of one size
-    gain = None if lora.gain is None else of_columns(lora.gain)
-    return SiteLoRA(lora.a[:, part.inputs].contiguous(), tuple(parts), gain, shift, lora.norm)
 
 
 def _narrow(tensor: torch.Tensor, piece: slice, dim: int) -> torch.Tensor:

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lorax_serve.checkpoint.spec import SITES_PER_LAYER, DecoderSpec
+from lorax_serve.checkpoint.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
 from lorax_serve.kernels.build import KernelsUnavailable
 from lorax_serve.kernels.cpu import ADD, GATED, WRITE, WRITE_FLOAT, load
 from lorax_serve.kernels.packing import PANEL, Arena, PackedLinear, step_of
 from lorax_serve.kernels.structs import AttentionArgs, PromptArgs, RowsArgs
-from lorax_serve.model.base_model import rope_tables
-from lorax_serve.model.decoder import ForwardBatch
-from lorax_serve.model.kv_cache import KVCache
-from lorax_serve.model.lora_ops import replace_logits
-from lorax_serve.model.packed_lora import PackedAdapter, PackedBatch, PackedLoRA
-from lorax_serve.model.spec import SITES_PER_LAYER, DecoderSpec
-from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
+from lorax_serve.model.adapters.lora_ops import replace_logits
+from lorax_serve.model.adapters.packed_lora import PackedAdapter, PackedBatch, PackedLoRA
+from lorax_serve.model.decoders.base_model import rope_tables
+from lorax_serve.model.decoders.decoder import ForwardBatch
+from lorax_serve.model.decoders.kv_cache import KVCache
 
 __all__ = ["CompiledDecoder", "check_sizes"]
 

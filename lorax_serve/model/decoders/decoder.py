@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lorax_serve.model.base_model import BaseModel, rope_tables
-from lorax_serve.model.kv_cache import KVCache
+from lorax_serve.checkpoint.spec import SITES_PER_LAYER
+from lorax_serve.checkpoint.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
+from lorax_serve.model.adapters.multi_lora import LoRABatch, MultiLoRA
+from lorax_serve.model.decoders.base_model import BaseModel, rope_tables
+from lorax_serve.model.decoders.kv_cache import KVCache
 from lorax_serve.model.layout import PromptChunk
-from lorax_serve.model.multi_lora import LoRABatch, MultiLoRA
-from lorax_serve.model.spec import SITES_PER_LAYER
-from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
 
 __all__ = ["Decoder", "ForwardBatch"]
 

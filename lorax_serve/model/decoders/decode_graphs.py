@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lorax_serve.model.arena_lora import ArenaBatch
+from lorax_serve.model.adapters.arena_lora import ArenaBatch
 from lorax_serve.model.copies import to_device
+from lorax_serve.model.decoders.paged_cache import PagedKVCache
+from lorax_serve.model.decoders.paged_decoder import PagedDecoder, Rows
 from lorax_serve.model.layout import Layout
-from lorax_serve.model.paged_cache import PagedKVCache
-from lorax_serve.model.paged_decoder import PagedDecoder, Rows
 
 __all__ = ["Capture", "CudaCapture", "DecodeGraphs", "run_directly"]
 

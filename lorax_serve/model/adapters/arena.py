@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lorax_serve.checkpoint.spec import Site
 from lorax_serve.errors import Overloaded
 from lorax_serve.gpu.lora import (
     A_OFFSETS,
@@ -20,10 +21,9 @@ from lorax_serve.gpu.lora import (
     RANKS,
     SHIFT,
 )
+from lorax_serve.model.adapters.extents import Extents, Move
+from lorax_serve.model.adapters.folded import FoldedAdapter, SiteLoRA
 from lorax_serve.model.copies import Copied, HostCopies
-from lorax_serve.model.extents import Extents, Move
-from lorax_serve.model.folded import FoldedAdapter, SiteLoRA
-from lorax_serve.model.spec import Site
 
 __all__ = ["Arena", "ArenaAdapter"]
 

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from lorax_serve.model.folded import FoldedAdapter
-from lorax_serve.model.lora_ops import add_lora_segment, replace_logits, scale_and_shift
-from lorax_serve.model.parallel.group import ALONE, Group
-from lorax_serve.model.spec import SITES_PER_LAYER, Activation, DecoderSpec
-from lorax_serve.model.weights import DecoderWeights, LinearWeights, Norm
+from lorax_serve.checkpoint.spec import SITES_PER_LAYER, Activation, DecoderSpec
+from lorax_serve.checkpoint.weights import DecoderWeights, LinearWeights, Norm
+from lorax_serve.model.adapters.folded import FoldedAdapter
+from lorax_serve.model.adapters.lora_ops import add_lora_segment, replace_logits, scale_and_shift
+from lorax_serve.model.group import ALONE, Group
 
 __all__ = ["BaseModel", "OutputChanges", "rope_tables"]
 

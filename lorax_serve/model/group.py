@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from lorax_serve.model.parallel.part import WHOLE, Part
+from lorax_serve.checkpoint.part import WHOLE, Part
 
 __all__ = ["ALONE", "Group", "join", "leave"]
 

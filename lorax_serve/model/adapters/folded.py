@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorax_serve.model.weights import Norm
+from lorax_serve.checkpoint.weights import Norm
 
 __all__ = ["EmbeddingChange", "FoldedAdapter", "OutputChange", "SiteLoRA", "TokenTable"]
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lorax_serve.checkpoint.spec import SITES_PER_LAYER
+from lorax_serve.checkpoint.weights import DecoderWeights, LinearWeights, Norm
 from lorax_serve.gpu.ops import Ops
 from lorax_serve.gpu.pages import LayerPages, Rope
 from lorax_serve.gpu.prompt_attention import prompt_attention
-from lorax_serve.model.arena_lora import ArenaBatch, ArenaLoRA
-from lorax_serve.model.base_model import BaseModel, rope_tables
+from lorax_serve.model.adapters.arena_lora import ArenaBatch, ArenaLoRA
+from lorax_serve.model.decoders.base_model import BaseModel, rope_tables
+from lorax_serve.model.decoders.paged_cache import PagedKVCache
+from lorax_serve.model.group import ALONE, Group
 from lorax_serve.model.layout import PromptChunk
-from lorax_serve.model.paged_cache import PagedKVCache
-from lorax_serve.model.parallel.group import ALONE, Group
-from lorax_serve.model.spec import SITES_PER_LAYER
-from lorax_serve.model.weights import DecoderWeights, LinearWeights, Norm
 
 __all__ = ["PagedDecoder", "Rows"]
 

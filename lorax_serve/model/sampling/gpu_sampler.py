@@ -14,7 +14,7 @@ import torch
 from lorax_serve import core
 from lorax_serve.gpu.ops import Draw
 from lorax_serve.model.copies import ToHost
-from lorax_serve.model.sampler import Sample
+from lorax_serve.model.sampling.sampler import Sample
 
 __all__ = ["DeviceSamples", "sample_on_device"]
 

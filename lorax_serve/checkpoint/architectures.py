@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from lorax_serve.checkpoint.spec import Activation, DecoderSpec, Layout
 from lorax_serve.errors import ModelUnsupported
-from lorax_serve.model.spec import Activation, DecoderSpec, Layout
 
 __all__ = ["read_spec"]
 

@@ -30,8 +30,8 @@ from typing import Any
 import safetensors
 import torch
 
+from lorax_serve.checkpoint.shards import open_shards
 from lorax_serve.errors import ModelUnsupported
-from lorax_serve.model.shards import open_shards
 
 __all__ = ["base_fingerprint"]
 

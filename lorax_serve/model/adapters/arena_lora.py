@@ -9,16 +9,16 @@ from typing import Protocol
 
 import torch
 
+from lorax_serve.checkpoint.spec import Site
+from lorax_serve.checkpoint.weights import Norm
 from lorax_serve.core import BASE
 from lorax_serve.gpu.lora import LoRAPlan, SiteShape
 from lorax_serve.gpu.ops import LoRAExpand, LoRAShrink
-from lorax_serve.model.arena import Arena, ArenaAdapter
+from lorax_serve.model.adapters.arena import Arena, ArenaAdapter
+from lorax_serve.model.adapters.folded import FoldedAdapter
+from lorax_serve.model.adapters.lora_ops import change_embeddings
+from lorax_serve.model.adapters.multi_lora import rows_by_slot
 from lorax_serve.model.copies import Copied, to_device
-from lorax_serve.model.folded import FoldedAdapter
-from lorax_serve.model.lora_ops import change_embeddings
-from lorax_serve.model.multi_lora import rows_by_slot
-from lorax_serve.model.spec import Site
-from lorax_serve.model.weights import Norm
 
 __all__ = ["DECODE_CHUNK", "PROMPT_CHUNK", "ArenaBatch", "ArenaLoRA", "LoRAOps"]
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
+from lorax_serve.checkpoint.spec import Site
+from lorax_serve.checkpoint.weights import Norm
 from lorax_serve.core import BASE
-from lorax_serve.model.folded import FoldedAdapter
-from lorax_serve.model.lora_ops import (
+from lorax_serve.model.adapters.folded import FoldedAdapter
+from lorax_serve.model.adapters.lora_ops import (
     StackedLoRA,
     add_lora_masked,
     add_lora_segment,
     change_embeddings,
     scale_and_shift,
 )
-from lorax_serve.model.spec import Site
-from lorax_serve.model.weights import Norm
 
 __all__ = ["LoRABatch", "MultiLoRA", "rows_by_slot"]
 

@@ -9,16 +9,16 @@ import torch
 
 from lorax_serve.adapter import LoRAPair, LoRAWeights, TokenRows
 from lorax_serve.adapter.weights import first_not_finite
+from lorax_serve.checkpoint.spec import DecoderSpec, Site, Slice
+from lorax_serve.checkpoint.weights import Norm
 from lorax_serve.errors import AdapterRejected, RejectReason
-from lorax_serve.model.folded import (
+from lorax_serve.model.adapters.folded import (
     EmbeddingChange,
     FoldedAdapter,
     OutputChange,
     SiteLoRA,
     TokenTable,
 )
-from lorax_serve.model.spec import DecoderSpec, Site, Slice
-from lorax_serve.model.weights import Norm
 
 __all__ = ["BaseWeights", "Linear", "fold", "without_copies"]
 

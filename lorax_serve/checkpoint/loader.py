@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from lorax_serve.checkpoint.part import WHOLE, Part, SitePart
+from lorax_serve.checkpoint.shards import open_shards
+from lorax_serve.checkpoint.spec import OUTPUT, SITES_PER_LAYER, DecoderSpec, Layout, Site
+from lorax_serve.checkpoint.spec_cache import load_spec
+from lorax_serve.checkpoint.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
 from lorax_serve.errors import ModelUnsupported
-from lorax_serve.model.parallel.part import WHOLE, Part, SitePart
-from lorax_serve.model.shards import open_shards
-from lorax_serve.model.spec import OUTPUT, SITES_PER_LAYER, DecoderSpec, Layout, Site
-from lorax_serve.model.spec_cache import load_spec
-from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
 
 __all__ = [
     "Checkpoint",

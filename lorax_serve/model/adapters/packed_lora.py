@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lorax_serve.checkpoint.spec import Site
+from lorax_serve.checkpoint.weights import Norm
 from lorax_serve.kernels.packing import (
     PANEL,
     Arena,
@@ -23,11 +25,9 @@ from lorax_serve.kernels.packing import (
     step_of,
 )
 from lorax_serve.kernels.structs import LoRAArgs, LoRASiteArgs, SegmentArgs
-from lorax_serve.model.folded import EmbeddingChange, FoldedAdapter, SiteLoRA, TokenTable
-from lorax_serve.model.lora_ops import change_embeddings
-from lorax_serve.model.multi_lora import rows_by_slot
-from lorax_serve.model.spec import Site
-from lorax_serve.model.weights import Norm
+from lorax_serve.model.adapters.folded import EmbeddingChange, FoldedAdapter, SiteLoRA, TokenTable
+from lorax_serve.model.adapters.lora_ops import change_embeddings
+from lorax_serve.model.adapters.multi_lora import rows_by_slot
 
 __all__ = ["PackedAdapter", "PackedBatch", "PackedLoRA"]
 

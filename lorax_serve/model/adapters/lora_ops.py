@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lorax_serve.model.folded import EmbeddingChange, SiteLoRA, TokenTable
+from lorax_serve.model.adapters.folded import EmbeddingChange, SiteLoRA, TokenTable
 
 __all__ = [
     "StackedLoRA",

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from lorax_serve.model import architectures
-from lorax_serve.model import spec as spec_module
-from lorax_serve.model.architectures import read_spec
-from lorax_serve.model.source import cache_dir
-from lorax_serve.model.spec import DecoderSpec, Layout
+from lorax_serve.checkpoint import architectures
+from lorax_serve.checkpoint import spec as spec_module
+from lorax_serve.checkpoint.architectures import read_spec
+from lorax_serve.checkpoint.source import cache_dir
+from lorax_serve.checkpoint.spec import DecoderSpec, Layout
 
 __all__ = ["load_spec"]
 
