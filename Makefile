@@ -33,7 +33,7 @@ test: setup
 # The rules and the dashboard against a real Prometheus and real servers, alerts that fire included.
 # Minutes. Without Debian's package prometheus (or its two programs from elsewhere) it stops here.
 monitoring-check: setup
-	@command -v promtool prometheus >/dev/null || \
+	@command -v promtool >/dev/null && command -v prometheus >/dev/null || \
 		{ echo "needs promtool and prometheus: apt install --no-install-recommends prometheus"; exit 1; }
 	$(BIN)/python -m pytest tests/monitoring
 
