@@ -90,7 +90,8 @@ async def watched(
         for each in replicas:
             await each.start()
         async with running(place / "prometheus", targets, rules) as prometheus:
-            while len(await prometheus.query("count_over_time(lorax_serving[1m]) > 1")) < count:
+            scraped = "count_over_time(lorax_serving[1m]) > 1"
+            while len(await prometheus.query(scraped)) < count:  # noqa: ASYNC110 - it has no event
                 await asyncio.sleep(0.2)
             yield prometheus, replicas
     finally:
