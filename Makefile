@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 BENCHMARKS := offline over_grpc startup popularity many_adapters thrash cold_load base_tax \
 	long_prompt prefix load_disturbance load_scaling batch_invariance quantized_base
 
-.PHONY: setup demo elixir-guide test kernel-test fidelity lint proto bench bench-peers bench-train bench-all \
+.PHONY: setup demo elixir-guide test monitoring-check kernel-test fidelity lint proto bench bench-peers bench-train bench-all \
 	gpu-check gpu-check-kernels gpu-check-serving image image-check deploy-tools deploy-check clean
 
 setup: $(READY)
@@ -30,6 +30,13 @@ elixir-guide: setup
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not slow and not peers"
 
+# The rules and the dashboard against a real Prometheus and real servers, alerts that fire included.
+# Minutes. Without Debian's package prometheus (or its two programs from elsewhere) it stops here.
+monitoring-check: setup
+	@command -v promtool >/dev/null && command -v prometheus >/dev/null || \
+		{ echo "needs promtool and prometheus: apt install --no-install-recommends prometheus"; exit 1; }
+	$(BIN)/python -m pytest tests/monitoring
+
 # The GPU's kernels against their references in torch, in Triton's interpreter.
 kernel-test: setup
 	$(BIN)/python -m pytest tests/gpu -m "not gpu and not slow"
@@ -44,6 +51,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python proto/generate.py --check
+	$(BIN)/python deploy/monitoring/grafana/generate.py --check
 
 proto: setup
 	$(BIN)/python proto/generate.py

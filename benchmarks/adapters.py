@@ -21,8 +21,8 @@ from lorax_serve.adapter import (
     save,
     tensor_name,
 )
-from lorax_serve.model.architectures import read_spec
-from lorax_serve.model.source import cache_dir
+from lorax_serve.checkpoint.architectures import read_spec
+from lorax_serve.checkpoint.source import cache_dir
 
 __all__ = ["adapter_bytes", "adapters_cache", "random_adapters", "write_random_adapter"]
 

@@ -23,13 +23,13 @@ from benchmarks.measure import digits
 from benchmarks.peers.worker import TEMPERATURE, TOP_P
 from benchmarks.plot import Chart
 from benchmarks.workloads import fixed_shape
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import SamplingParams
 from lorax_serve.engine.adapter_loader import AdapterLoader
 from lorax_serve.engine.engine import Engine
 from lorax_serve.engine.messages import LoadAdapter, Submit
 from lorax_serve.model.runner import ModelRunner
-from lorax_serve.model.source import resolve_model
 
 RANK = 16
 

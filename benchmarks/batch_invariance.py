@@ -26,8 +26,8 @@ from benchmarks.measure import Run, Turn, alternate, digits, medians
 from benchmarks.ours import OfflineEngine
 from benchmarks.plot import Chart
 from benchmarks.workloads import Request, fixed_shape
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_serve.config import EngineConfig
-from lorax_serve.model.source import resolve_model
 
 RANK = 16
 MODES: dict[str, dict[str, Any]] = {

@@ -17,8 +17,8 @@ from benchmarks.ours import OfflineEngine
 from benchmarks.plot import Chart
 from benchmarks.workloads import fixed_shape
 from lorax_serve.adapter import WEIGHTS_FILE
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_serve.config import EngineConfig
-from lorax_serve.model.source import resolve_model
 
 TIERS = {
     "base": "base model",

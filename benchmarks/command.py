@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.plot import Chart, draw
 from benchmarks.record import write_result
-from lorax_serve.model.source import EMBEDDED_MODEL
+from lorax_serve.checkpoint.source import EMBEDDED_MODEL
 
 __all__ = ["Result", "parser", "publish", "run"]
 

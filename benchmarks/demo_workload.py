@@ -25,9 +25,9 @@ import torch
 
 from benchmarks.record import has_bfloat16, write_result
 from examples.demo import IN_FLIGHT, MAX_NEW_TOKENS, MODELS, TASKS, questions, train
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_serve.client import AsyncClient
 from lorax_serve.config import EngineConfig, ServerConfig
-from lorax_serve.model.source import resolve_model
 from lorax_serve.server.app import Server
 
 

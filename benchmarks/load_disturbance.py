@@ -18,9 +18,9 @@ from benchmarks.adapters import write_random_adapter
 from benchmarks.command import Result, parser, run
 from benchmarks.measure import medians
 from benchmarks.plot import Chart
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_serve.client import AsyncClient
 from lorax_serve.config import EngineConfig, ServerConfig
-from lorax_serve.model.source import resolve_model
 from lorax_serve.server.app import Server
 
 STREAMS = 8

@@ -23,9 +23,9 @@ from benchmarks.command import Result, parser, run
 from benchmarks.measure import digits, medians
 from benchmarks.ours import GrpcServer
 from benchmarks.plot import Chart
+from lorax_serve.checkpoint.source import cache_dir, resolve_model
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import AdapterInfo
-from lorax_serve.model.source import cache_dir, resolve_model
 from lorax_serve.registry.library import Library
 from lorax_serve.registry.reconciler import Reconciler
 from lorax_serve.registry.registry import AdapterRegistry

@@ -13,8 +13,8 @@ from benchmarks.measure import Turn, alternate, medians
 from benchmarks.ours import OfflineEngine
 from benchmarks.peers.cases import CASES, Case
 from benchmarks.plot import Chart
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_serve.config import EngineConfig
-from lorax_serve.model.source import resolve_model
 
 
 async def measure(options: argparse.Namespace) -> Result:

@@ -15,8 +15,8 @@ from benchmarks.measure import System, Turn, alternate, digits, medians
 from benchmarks.ours import GrpcServer, OfflineEngine
 from benchmarks.peers.cases import CASES, Case
 from benchmarks.plot import Chart
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_serve.config import EngineConfig
-from lorax_serve.model.source import resolve_model
 
 MEASURED = ("base", "lora8")
 

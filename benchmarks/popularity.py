@@ -11,8 +11,8 @@ from benchmarks.measure import Turn, alternate, medians
 from benchmarks.ours import OfflineEngine
 from benchmarks.plot import Chart
 from benchmarks.workloads import POPULARITIES, Request, fixed_shape, punica_adapters
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_serve.config import EngineConfig
-from lorax_serve.model.source import resolve_model
 
 RANK = 16
 

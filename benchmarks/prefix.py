@@ -14,8 +14,8 @@ from benchmarks.measure import digits, drive, medians
 from benchmarks.ours import OfflineEngine
 from benchmarks.plot import Chart
 from benchmarks.workloads import Request, fixed_shape
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_serve.config import EngineConfig
-from lorax_serve.model.source import resolve_model
 
 RANK = 16
 

@@ -21,8 +21,8 @@ from benchmarks.workloads import (
     synthetic_adapters,
     uniform,
 )
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_serve.config import EngineConfig
-from lorax_serve.model.source import resolve_model
 
 RANK = 16
 

@@ -25,7 +25,7 @@ class BatchLimits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """The engine's process: one model on one device.
+    """The engine's process: one model, on one device or on several.
 
     Raises:
         InvalidRequest: naming the flag that is out of range.
@@ -45,6 +45,10 @@ class EngineConfig:
     batch_invariant: bool = False
     """Whether a request's tokens depend on nothing but itself: not on what is beside it, how its
     prompt was cut, or what was cached. Prompts take longer; needs compiled kernels."""
+    tensor_parallel: int = 1
+    """Devices that compute the model together, each with its part of the weights, of the adapters
+    and of the KV cache, for models that do not fit one: GPUs 0 to N - 1 of this machine, a process
+    each. Attention heads, key and value heads and the MLP's features must divide by it."""
     max_batch_size: int | None = None
     """Sequences that run at once; each has its own row of the KV cache; default: 32, on a GPU
     128."""
@@ -73,15 +77,16 @@ class EngineConfig:
     """Host memory for adapters, which count with their true ranks. The least recently used leave
     it for others, and are read from their directory again when a request names them."""
     max_device_adapter_bytes: int | None = None
-    """Device memory for adapters in slots; default: only the slots are counted. Not for a CPU,
-    where slots hold host memory."""
+    """Device memory for adapters in slots, of all devices together; default: only the slots are
+    counted. Not for a CPU, where slots hold host memory."""
     probe: str = "refuse"
     """What becomes of an adapter that fails the golden probe in its file: refuse, warn (in the
     report of the load), or off: probes are not computed."""
     max_waiting: int = 1024
     """Requests that wait for a place in the batch; more are refused as overload."""
     threads: int | None = None
-    """CPU threads of the engine's process; default: the cores it may use."""
+    """CPU threads of each of the engine's processes; default: its share of the cores that it may
+    use."""
 
     def batch_limits(self, on_gpu: bool) -> BatchLimits:
         """Of a batch, with the defaults of such a device."""
@@ -91,6 +96,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _at_least(
             1,
+            tensor_parallel=self.tensor_parallel,
             max_batch_size=self.max_batch_size,
             max_batch_tokens=self.max_batch_tokens,
             kv_cache_tokens=self.kv_cache_tokens,

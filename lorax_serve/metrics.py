@@ -24,7 +24,18 @@ from prometheus_client.registry import Collector
 from lorax_serve import __version__
 from lorax_serve.core import AdapterStats, EngineStats, StopReason, TokenOutput
 from lorax_serve.engine.messages import StepReport
-from lorax_serve.errors import AdapterRejected, InvalidRequest, LoraxError, SourceFailed
+from lorax_serve.errors import (
+    AdapterConflict,
+    AdapterRejected,
+    EngineFailed,
+    InvalidRequest,
+    LoraxError,
+    Overloaded,
+    RejectReason,
+    SourceFailed,
+    SourceReason,
+    StoreFailed,
+)
 from lorax_serve.frontend.generator import RequestListener, TextStream
 from lorax_serve.registry.compositions import Composed
 from lorax_serve.registry.events import RegistryListener
@@ -64,6 +75,22 @@ _LATENCY = (
 )
 _SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+# Prometheus sees no increase where a series begins with 1: those with known labels begin with 0.
+_ERROR_CODES = (
+    "FAILED_PRECONDITION",
+    "INTERNAL",
+    "INVALID_ARGUMENT",
+    "NOT_FOUND",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+)
+_UNTYPED_REJECTS = (AdapterConflict, EngineFailed, InvalidRequest, Overloaded, StoreFailed)
+
+
+def _reject_reason(error: type[LoraxError]) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error.__name__).lower()
+
 
 class Metrics(RequestListener, RegistryListener):
     """All series of one server.
@@ -83,6 +110,11 @@ class Metrics(RequestListener, RegistryListener):
             "lorax_build_info", "Always 1; the label is the version", ["version"], registry=registry
         )
         build.labels(__version__).set(1)
+        self._serving = Gauge(
+            "lorax_serving",
+            "1 while calls are let in: once model and adapters are loaded, until it drains",
+            registry=registry,
+        )
         self._time_to_first_token = Histogram(
             "lorax_time_to_first_token_seconds",
             "From a request's admission to its first token",
@@ -113,14 +145,28 @@ class Metrics(RequestListener, RegistryListener):
             ["adapter", "stop_reason"],
             registry=registry,
         )
+        self._failed = Counter(
+            "lorax_requests_failed",
+            "Admitted requests that the engine failed on, NaN in their output included",
+            registry=registry,
+        )
+        self._in_flight = Gauge(
+            "lorax_requests_in_flight",
+            "Admitted requests that have not ended, whatever the engine says",
+            registry=registry,
+        )
         self._errors = Counter(
             "lorax_errors", "Calls answered with an error status", ["code"], registry=registry
         )
+        for code in _ERROR_CODES:
+            self._errors.labels(code)
         self._loads = Counter("lorax_adapter_loads", "Adapters loaded", registry=registry)
         self._unloads = Counter("lorax_adapter_unloads", "Adapters freed", registry=registry)
         self._rejects = Counter(
             "lorax_adapter_rejects", "Adapter loads refused", ["reason"], registry=registry
         )
+        for reason in (*RejectReason, *SourceReason, *map(_reject_reason, _UNTYPED_REJECTS)):
+            self._rejects.labels(reason)
         self._batch_size = Histogram(
             "lorax_batch_size",
             "Sequences computed in one step",
@@ -156,6 +202,10 @@ class Metrics(RequestListener, RegistryListener):
             self._batch_size.observe(stats.batch_size)
             self._step_time.observe(stats.step_seconds)
 
+    def serving(self, now: bool) -> None:
+        """Whether calls are let in."""
+        self._serving.set(now)
+
     def error(self, code: str) -> None:
         """A call was answered with the error status ``code``."""
         self._errors.labels(code).inc()
@@ -163,6 +213,7 @@ class Metrics(RequestListener, RegistryListener):
     def admitted(self, stream: TextStream) -> None:
         """A request went to the engine."""
         self._prompt_tokens.labels(self._label(stream.adapter)).inc(stream.input_token_count)
+        self._in_flight.inc()
 
     def token(self, stream: TextStream, output: TokenOutput, since_last: float) -> None:
         """A token came."""
@@ -177,6 +228,9 @@ class Metrics(RequestListener, RegistryListener):
     def ended(self, stream: TextStream, reason: StopReason) -> None:
         """A request is over."""
         self._requests.labels(self._label(stream.adapter), reason.name.lower()).inc()
+        self._in_flight.dec()
+        if reason is StopReason.ERROR:
+            self._failed.inc()
 
     def loaded(self, adapter: Adapter) -> None:
         """A version of an adapter is ready."""
@@ -186,9 +240,7 @@ class Metrics(RequestListener, RegistryListener):
     def refused(self, name: str, error: LoraxError) -> None:
         """A load has failed. The name is not a label: it may be anything."""
         typed = error.reason if isinstance(error, AdapterRejected | SourceFailed) else None
-        reason = typed or type(error).__name__
-        snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", reason).lower()
-        self._rejects.labels(snake_case).inc()
+        self._rejects.labels(typed or _reject_reason(type(error))).inc()
 
     def unloaded(self, adapter: Adapter) -> None:
         """A version is freed; with a name's last version, its series go too."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from lorax_serve.checkpoint.source import EMBEDDED_MODEL
 from lorax_serve.errors import TrainingError
-from lorax_serve.model.source import EMBEDDED_MODEL
 
 __all__ = [
     "DataConfig",
@@ -258,7 +258,7 @@ class TrainConfig:
     data: DataConfig
     output: OutputConfig
     model: str = EMBEDDED_MODEL
-    """Anything that ``lorax_serve.model.source.resolve_model`` takes."""
+    """Anything that ``lorax_serve.checkpoint.source.resolve_model`` takes."""
     device: Device = "auto"
     """``auto`` is cuda where there is one."""
     dtype: DtypeName = "auto"

@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lorax_serve._version import __version__
+from lorax_serve.checkpoint.architectures import read_spec
+from lorax_serve.checkpoint.fingerprint import base_fingerprint
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_serve.errors import ModelUnsupported, TrainingError
-from lorax_serve.model.architectures import read_spec
-from lorax_serve.model.fingerprint import base_fingerprint
-from lorax_serve.model.source import resolve_model
 from lorax_train.adapters.export import check_output, export, model_card
 from lorax_train.adapters.portable import check_portable
 from lorax_train.adapters.probe import compute_probe

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorax_serve.model.source import resolve_model
+from lorax_serve.checkpoint.source import resolve_model
 from tests.helpers import TINY_GPT2, TINY_LLAMA, save_peft_adapter, save_tiny_model
 
 

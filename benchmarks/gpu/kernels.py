@@ -19,7 +19,7 @@ from benchmarks.measure import digits
 from lorax_serve.gpu import ops as gpu_ops
 from lorax_serve.gpu.lora import SiteShape
 from lorax_serve.gpu.pages import PAGE, LayerPages, Rope
-from lorax_serve.model.base_model import rope_tables
+from lorax_serve.model.decoders.base_model import rope_tables
 
 __all__ = ["measure"]
 

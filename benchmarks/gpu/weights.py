@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from benchmarks.gpu.shapes import Shape
-from lorax_serve.model.architectures import read_spec
-from lorax_serve.model.spec import DecoderSpec
-from lorax_serve.model.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
+from lorax_serve.checkpoint.architectures import read_spec
+from lorax_serve.checkpoint.spec import DecoderSpec
+from lorax_serve.checkpoint.weights import DecoderWeights, LayerWeights, LinearWeights, Norm
 
 __all__ = ["RandomLlama"]
 

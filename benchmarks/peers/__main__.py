@@ -28,8 +28,8 @@ from benchmarks.peers.child import Child, PeerFailed
 from benchmarks.peers.setup_vllm import VLLM_PYTHON, set_up
 from benchmarks.plot import Chart
 from benchmarks.record import has_bfloat16
-from lorax_serve.model.architectures import read_spec
-from lorax_serve.model.source import resolve_model
+from lorax_serve.checkpoint.architectures import read_spec
+from lorax_serve.checkpoint.source import resolve_model
 
 SYSTEMS = {
     "ours": (sys.executable, "benchmarks.peers.ours_worker"),

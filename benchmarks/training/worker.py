@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.training.workload import full_rows, mixed_rows
-from lorax_serve.model.source import resolve_model
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_train.config import InjectionConfig, LoopConfig, OptimizerConfig
 from lorax_train.data.encode import Example
 from lorax_train.data.tokenizer import load_tokenizer

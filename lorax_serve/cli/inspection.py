@@ -43,8 +43,8 @@ def inspect(client: Any, options: argparse.Namespace) -> int:
 def _local(path: Path, model: str | None) -> LoadReport:
     # Here, because the client starts without torch.
     from lorax_serve.adapter import inspect as inspect_files
-    from lorax_serve.model.source import EMBEDDED_MODEL, resolve_model
-    from lorax_serve.model.spec_cache import load_spec
+    from lorax_serve.checkpoint.source import EMBEDDED_MODEL, resolve_model
+    from lorax_serve.checkpoint.spec_cache import load_spec
 
     return inspect_files(path, load_spec(resolve_model(model or EMBEDDED_MODEL)).modules())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
@@ -16,6 +17,9 @@ from lorax_serve.model.runner import HostAdapter
 __all__ = ["AdapterStore"]
 
 log = logging.getLogger(__name__)
+
+_LONGEST_PAUSE = 16
+"""Steps until a pinned adapter is read again that could not be read."""
 
 
 class AdapterStore:
@@ -53,6 +57,9 @@ class AdapterStore:
         self._weights: dict[int, HostAdapter] = {}
         self._late: set[int] = set()
         self._settled = True
+        self._failures: Counter[int] = Counter()
+        """Of reading each adapter, since it was last read."""
+        self._pause = 0
         self._reads = self._late_reads = 0
         self._read_seconds = 0.0
 
@@ -154,6 +161,9 @@ class AdapterStore:
             waiting: the versions that waiting requests name, the oldest request's first. Asked
                 for only if one of them may not be in memory.
         """
+        if self._pause:
+            self._pause -= 1
+            self._settled = self._settled and bool(self._pause)
         refused = self._slots.take_refused()
         missing = [version for version in refused if version not in self._host]
         if self._settled and not missing:
@@ -180,7 +190,11 @@ class AdapterStore:
         if loaded.weights is None:
             if not self._host.lost(version):
                 return None
-            log.warning("adapter version %d cannot be read again: %s", version, loaded.error)
+            if not self._failures[version]:
+                log.warning("adapter version %d cannot be read again: %s", version, loaded.error)
+            self._failures[version] += 1
+            if version in self._host.missing:  # pinned: no request need ask for it
+                self._pause = min(1 << self._failures[version], _LONGEST_PAUSE)
             if isinstance(loaded.error, EngineFailed):  # a part of a composition, and which
                 return loaded.error
             return EngineFailed(
@@ -189,6 +203,7 @@ class AdapterStore:
             )
         if self._host.arrived(version):  # else it was dropped in the meantime
             self._weights[version] = loaded.weights
+            del self._failures[version]
             self._reads += 1
             self._read_seconds += loaded.seconds
             self._late_reads += late
@@ -211,6 +226,7 @@ class AdapterStore:
         info, _ = self._known.pop(version)
         self._weights.pop(version, None)
         self._late.discard(version)
+        del self._failures[version]
         if slot is None:
             return Freed(host=freed)
         self._clear_slot(slot)

@@ -40,7 +40,7 @@ from lorax_serve.engine.probing import Prober
 from lorax_serve.engine.scheduler import Scheduler
 from lorax_serve.errors import AdapterRejected, EngineFailed, LoraxError
 from lorax_serve.model.runner import Launched, ModelRunner
-from lorax_serve.model.sampler import Sample
+from lorax_serve.model.sampling.sampler import Sample
 
 __all__ = ["Engine"]
 
@@ -272,8 +272,9 @@ class Engine:
                 self._fail(victims, f"the adapter cannot be brought to the device: {error}")
                 self._scheduler.evict_adapter(version)
         self._store.read_ahead(self._scheduler.waiting_adapters)
-        # If all that is to do needs weights that are being read, the engine sleeps until they come.
-        self._stalled = idle and self._store.reading > 0
+        # If all that is to do needs weights that are being read, the engine sleeps until they come;
+        # but not before it has seen what the end of a step that is under way sets free.
+        self._stalled = idle and self._flight is None and self._store.reading > 0
 
     def _advance(self, sequence: Sequence, place: int, sample: Sample) -> None:
         """Put a sampled token in its place, report it, and end the sequence if it was the last."""

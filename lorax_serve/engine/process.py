@@ -54,7 +54,8 @@ def _serve(config: EngineConfig, link: socket.socket, inbox: queue.SimpleQueue[o
     try:
         import torch
 
-        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0)) // config.tensor_parallel
+        torch.set_num_threads(config.threads or max(1, cores))
         from lorax_serve.engine.adapter_loader import AdapterLoader
         from lorax_serve.engine.engine import Engine
         from lorax_serve.model.runner import ModelRunner
@@ -85,11 +86,15 @@ def _serve(config: EngineConfig, link: socket.socket, inbox: queue.SimpleQueue[o
         messages = _drain(inbox, wait=not engine.busy)
         for message in messages:
             if isinstance(message, Stop):
+                runner.close()
                 return
             engine.handle(message)  # type: ignore[arg-type]
         if engine.busy:
             engine.step()
         _send(link, engine.take_report())
+        if runner.lost:  # the requests of the last step have been told
+            runner.close()
+            os._exit(1)  # not by way of NCCL, which would wait for the process that has failed
 
 
 def _drain(inbox: queue.SimpleQueue[object], *, wait: bool) -> list[object]:

@@ -1,1 +1,1 @@
-"""The base model: found, loaded, and run with unmerged LoRA. Knows no requests and no network."""
+"""The base model on a device, run with unmerged LoRA. Knows no requests and no network."""

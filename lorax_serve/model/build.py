@@ -8,23 +8,25 @@ from dataclasses import dataclass
 
 import torch
 
+from lorax_serve.checkpoint.part import Part
+from lorax_serve.checkpoint.spec import DecoderSpec
+from lorax_serve.checkpoint.weights import DecoderWeights
 from lorax_serve.config import BatchLimits, EngineConfig
 from lorax_serve.errors import InvalidRequest, ModelUnsupported
 from lorax_serve.gpu import ops
 from lorax_serve.kernels.build import KernelsUnavailable
 from lorax_serve.kernels.cpu import load as load_kernels
-from lorax_serve.model.compiled_decoder import CompiledDecoder, check_sizes
-from lorax_serve.model.decode_graphs import CudaCapture, run_directly
-from lorax_serve.model.decoder import Decoder
+from lorax_serve.model.decoders.compiled_decoder import CompiledDecoder, check_sizes
+from lorax_serve.model.decoders.decode_graphs import CudaCapture, run_directly
+from lorax_serve.model.decoders.decoder import Decoder
+from lorax_serve.model.decoders.kv_cache import affordable_tokens
+from lorax_serve.model.decoders.paged_cache import bytes_per_token
+from lorax_serve.model.decoders.paged_decoder import PagedDecoder
 from lorax_serve.model.direct import DirectSteps
-from lorax_serve.model.kv_cache import affordable_tokens
-from lorax_serve.model.paged_cache import bytes_per_token
-from lorax_serve.model.paged_decoder import PagedDecoder
+from lorax_serve.model.group import ALONE, Group
 from lorax_serve.model.paged_steps import PagedSteps
-from lorax_serve.model.spec import DecoderSpec
-from lorax_serve.model.weights import DecoderWeights
 
-__all__ = ["Built", "build", "choose_device", "choose_dtype"]
+__all__ = ["Built", "build", "check_parallel", "choose_device", "choose_dtype"]
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +63,14 @@ class Built:
     device_adapter_bytes: int | None
 
 
-def build(config: EngineConfig, weights: DecoderWeights) -> Built:
+def build(config: EngineConfig, weights: DecoderWeights, group: Group = ALONE) -> Built:
     """The fastest decoder that can be had, unless the settings name another.
 
     Args:
         config: the settings.
-        weights: of the model, on the device and in the dtype that it is to have.
+        weights: of the model, or of this rank's part, on the device and in the dtype that it is to
+            have.
+        group: the ranks that compute the model together.
 
     Raises:
         ModelUnsupported: the settings ask for what the model or the machine cannot do.
@@ -77,7 +81,9 @@ def build(config: EngineConfig, weights: DecoderWeights) -> Built:
     batch = config.batch_limits(weights.embedding.device.type == "cuda")
     calls = _gpu_calls(config, weights.embedding.device)
     if calls is not None:
-        return _build_paged(config, batch, weights, length, calls)
+        return _build_paged(config, batch, weights, length, calls, group)
+    if group.part.size > 1:
+        raise ModelUnsupported(_not_parallel(config))
     decoder = _decoder(config, weights, length)
     on_cpu = decoder.device.type == "cpu"
     if on_cpu and config.max_device_adapter_bytes is not None:
@@ -127,6 +133,30 @@ def choose_dtype(config: EngineConfig, spec: DecoderSpec, device: torch.device) 
             return torch.bfloat16
     log.info("torch multiplies no bfloat16 on this CPU: float32, which takes twice the memory")
     return torch.float32
+
+
+def check_parallel(config: EngineConfig, spec: DecoderSpec, device: torch.device) -> None:
+    """Refuse several ranks where they cannot be had, before any is started.
+
+    Raises:
+        ModelUnsupported: with the reason.
+    """
+    size = config.tensor_parallel
+    if size == 1:
+        return
+    Part(0, size).check(spec)
+    if _gpu_calls(config, device) is None:
+        raise ModelUnsupported(_not_parallel(config))
+    if device.type != "cuda":
+        return
+    if device.index is not None:
+        raise ModelUnsupported(
+            f"--tensor-parallel {size} takes the first {size} GPUs, not --device {config.device}: "
+            "say --device cuda, and choose them with CUDA_VISIBLE_DEVICES"
+        )
+    found = torch.cuda.device_count()
+    if found < size:
+        raise ModelUnsupported(f"--tensor-parallel {size}: this machine has {found} GPUs")
 
 
 def _max_length(config: EngineConfig, spec: DecoderSpec) -> int:
@@ -179,15 +209,19 @@ def _build_paged(
     weights: DecoderWeights,
     length: int,
     calls: ops.Ops,
+    group: Group,
 ) -> Built:
     device = weights.embedding.device
-    adapters = config.max_device_adapter_bytes
-    if adapters is None:
+    # Every rank has as much of each adapter.
+    ranks = group.part.size
+    adapters = (config.max_device_adapter_bytes or 0) // ranks
+    if config.max_device_adapter_bytes is None:
         adapters = _HOST_ADAPTERS_BYTES
         if device.type == "cuda":
-            adapters = torch.cuda.mem_get_info(device)[1] // _DEVICE_ADAPTERS_SHARE
+            total = torch.cuda.mem_get_info(device)[1]
+            adapters = group.least(total // _DEVICE_ADAPTERS_SHARE)
     # What is probed has a slot beside those that requests can have.
-    decoder = PagedDecoder(weights, calls, adapters + adapters // 4)
+    decoder = PagedDecoder(weights, calls, adapters + adapters // 4, group)
     spec = decoder.spec
     per_token = bytes_per_token(spec.num_layers, spec.num_kv_heads, spec.head_dim, decoder.dtype)
     if device.type == "cuda":
@@ -197,9 +231,14 @@ def _build_paged(
     else:
         # Pages are counted once more for rows that keep prefixes; memory is touched as it is used.
         most = max(length, min(batch.size * length, affordable_tokens(per_token)))
-    tokens = _kv_tokens(config, length, most)
+    tokens = _kv_tokens(config, length, group.least(most))
+    if device.type == "cuda":
+        # torch prefers cuDNN's attention on an H100, which is prepared anew, at length, for each
+        # length of a prompt.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     # A row is but a line of the table; those beyond the running sequences' keep prefixes.
     rows = batch.size * (8 if config.prefix_caching else 1)
+    recorded = device.type == "cuda" and config.kernels != "paged"
     steps = PagedSteps(
         decoder,
         calls,
@@ -207,9 +246,18 @@ def _build_paged(
         max_length=length,
         tokens=tokens,
         most_decodes=batch.size,
-        capture=CudaCapture(device) if device.type == "cuda" else run_directly,
+        # The calls in plain torch ask the device for numbers, which a graph cannot.
+        capture=CudaCapture(device) if recorded else run_directly,
     )
-    return Built(steps, batch, length, rows, tokens, adapters)
+    return Built(steps, batch, length, rows, tokens, adapters * ranks)
+
+
+def _not_parallel(config: EngineConfig) -> str:
+    asked = "--batch-invariant" if config.batch_invariant else f"--kernels {config.kernels}"
+    return (
+        f"--tensor-parallel {config.tensor_parallel} is for the GPU's decoder (--kernels triton or "
+        f"paged), and with {asked} another one would compute here"
+    )
 
 
 def _kv_tokens(config: EngineConfig, length: int, most: int) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from lorax_serve.core import Batch, RowCopy, Sequence
-from lorax_serve.model.compiled_decoder import CompiledDecoder
-from lorax_serve.model.decoder import Decoder, ForwardBatch
-from lorax_serve.model.kv_cache import KVCache
+from lorax_serve.core import RowCopy, Sequence
+from lorax_serve.model.adapters.folded import FoldedAdapter
+from lorax_serve.model.adapters.packed_lora import PackedAdapter
+from lorax_serve.model.decoders.compiled_decoder import CompiledDecoder
+from lorax_serve.model.decoders.decoder import Decoder, ForwardBatch
+from lorax_serve.model.decoders.kv_cache import KVCache
 from lorax_serve.model.launched import Done
-from lorax_serve.model.layout import Layout, lay_out, lay_out_prompt
-from lorax_serve.model.sampler import sample
+from lorax_serve.model.layout import Layout
+from lorax_serve.model.sampling.sampler import sample
 
 __all__ = ["DirectSteps"]
 
@@ -36,6 +38,23 @@ class DirectSteps:
         """Of keys and values."""
         return self.cache.bytes_per_token
 
+    @property
+    def slots_copy(self) -> bool:
+        """Whether adapters in slots are copies, which stay when the host's own go."""
+        return self.decoder.device.type != "cpu"
+
+    def prepare(self, folded: FoldedAdapter) -> FoldedAdapter | PackedAdapter:
+        """The form of an adapter that ``put`` takes; thread-safe."""
+        return self.decoder.lora.prepare(folded)
+
+    def put(self, slot: int, adapter: FoldedAdapter | PackedAdapter) -> None:
+        """Bring an adapter into a slot, over what was there."""
+        self.decoder.lora.put(slot, adapter)  # type: ignore[arg-type]  # what its prepare made
+
+    def clear(self, slot: int) -> None:
+        """Free a slot's memory."""
+        self.decoder.lora.clear(slot)
+
     def record(self) -> None:
         """Nothing is recorded."""
 
@@ -47,9 +66,8 @@ class DirectSteps:
         """Zero a sequence's keys and values."""
         self.cache.scrub(sequence.kv_slot, len(sequence.tokens))
 
-    def launch(self, batch: Batch) -> Done:
+    def launch(self, layout: Layout) -> Done:
         """Compute a step."""
-        layout = lay_out(batch)
         if not layout.token_ids:
             return Done([], [])
         hidden = self.decoder.forward(self._inputs(layout), self.cache)
@@ -60,11 +78,14 @@ class DirectSteps:
         logits = self.decoder.logits(hidden, layout.sampled_adapters)
         return Done(layout.sampled, sample(logits, layout.sampled, self.decoder.kernels))
 
-    def logits_after(self, sequence: Sequence) -> torch.Tensor:
-        """Logits ``[vocab]`` after a sequence's tokens, computed in row 0 of a cache of its own."""
+    def logits_after(self, layout: Layout) -> torch.Tensor:
+        """Logits ``[vocab]`` after one sequence's tokens, computed in row 0 of a cache of its own.
+
+        Args:
+            layout: of ``lay_out_prompt``.
+        """
         # Compiled kernels know one length of rows; untouched positions take no memory on a CPU.
-        length = len(sequence.tokens) if self.decoder.kernels is None else self.max_length
-        layout = lay_out_prompt(sequence)
+        length = len(layout.token_ids) if self.decoder.kernels is None else self.max_length
         hidden = self.decoder.forward(self._inputs(layout), self._cache(1, length))
         return self.decoder.logits(hidden[-1:], layout.sampled_adapters)[0]
 

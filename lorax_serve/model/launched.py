@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lorax_serve.core import Sequence
-from lorax_serve.model.sampler import Sample
+from lorax_serve.model.sampling.sampler import Sample
 
 __all__ = ["Done", "Launched"]
 

@@ -8,30 +8,37 @@ from pathlib import Path
 import torch
 
 from lorax_serve.adapter import LoRAWeights
+from lorax_serve.checkpoint.fingerprint import base_fingerprint
+from lorax_serve.checkpoint.loader import load_weights
+from lorax_serve.checkpoint.source import resolve_model
+from lorax_serve.checkpoint.spec import DecoderSpec
+from lorax_serve.checkpoint.spec_cache import load_spec
+from lorax_serve.checkpoint.weights import DecoderWeights
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import BASE, Batch, ModelInfo, RowCopy, SamplingParams, Sequence
-from lorax_serve.model.arena import ArenaAdapter
-from lorax_serve.model.build import build, choose_device, choose_dtype
-from lorax_serve.model.fingerprint import base_fingerprint
-from lorax_serve.model.fold import fold, without_copies
-from lorax_serve.model.folded import FoldedAdapter
+from lorax_serve.errors import ModelUnsupported
+from lorax_serve.model.adapters.arena import ArenaAdapter
+from lorax_serve.model.adapters.fold import BaseWeights, fold, without_copies
+from lorax_serve.model.adapters.folded import FoldedAdapter
+from lorax_serve.model.adapters.packed_lora import PackedAdapter
+from lorax_serve.model.build import Built, build, check_parallel, choose_device, choose_dtype
 from lorax_serve.model.launched import Launched
-from lorax_serve.model.loader import load_weights
-from lorax_serve.model.packed_lora import PackedAdapter
+from lorax_serve.model.layout import lay_out, lay_out_prompt
 from lorax_serve.model.paged_steps import PagedSteps
-from lorax_serve.model.sampler import Sample
-from lorax_serve.model.source import resolve_model
-from lorax_serve.model.spec_cache import load_spec
-from lorax_serve.model.weights import DecoderWeights
+from lorax_serve.model.parallel.leading import LeadingSteps
+from lorax_serve.model.parallel.stored_base import StoredBase
+from lorax_serve.model.parallel.workers import SharedAdapter, Workers, device_of
+from lorax_serve.model.sampling.sampler import Sample
 
 __all__ = ["HostAdapter", "Launched", "ModelRunner"]
 
-HostAdapter = FoldedAdapter | PackedAdapter | ArenaAdapter
+HostAdapter = FoldedAdapter | PackedAdapter | ArenaAdapter | SharedAdapter
 """An adapter in host memory, in the form that the decoder's slots take."""
 
 
 class ModelRunner:
-    """The base model, its KV cache and its adapter slots on one device.
+    """The base model, its KV cache and its adapter slots, on one device or on several, whose
+    processes it starts.
 
     Owned by one thread; only ``fold``, ``without_copies`` and ``fingerprint`` may be called from
     another.
@@ -46,14 +53,46 @@ class ModelRunner:
 
     Raises:
         ModelUnsupported: the model cannot be found or run, or the device is not there.
+        EngineFailed: another process, of several that compute the model, has ended.
     """
+
+    _workers: Workers | None = None
 
     def __init__(self, config: EngineConfig) -> None:
         directory = resolve_model(config.model)
         device = choose_device(config.device)
-        dtype = choose_dtype(config, load_spec(directory), device)
+        spec = load_spec(directory)
+        dtype = choose_dtype(config, spec, device)
+        check_parallel(config, spec, device)
+        if config.tensor_parallel > 1:
+            self._start_ranks(config, spec, directory, dtype, device)
+            return
         with load_weights(directory, dtype, device) as weights:
-            self._set_up(config, weights, directory)
+            self._set_up(config, spec, build(config, weights), directory)
+
+    def _start_ranks(
+        self,
+        config: EngineConfig,
+        spec: DecoderSpec,
+        directory: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        # Others are at work from here on, and must end if this fails.
+        self._workers = workers = Workers(config, directory, dtype, device, torch.get_num_threads())
+        own = device_of(0, device)
+        if own.type == "cuda":
+            torch.cuda.set_device(own)
+        try:
+            group = workers.join()
+            with workers.together(), load_weights(directory, dtype, own, group.part) as weights:
+                built = build(config, weights, group)
+            assert isinstance(built.steps, PagedSteps)
+            led = LeadingSteps(built.steps, workers, spec)
+            self._set_up(config, spec, built, directory, StoredBase(directory, dtype), led)
+        except BaseException:
+            workers.close()
+            raise
 
     @classmethod
     def from_weights(cls, config: EngineConfig, weights: DecoderWeights) -> ModelRunner:
@@ -61,21 +100,33 @@ class ModelRunner:
 
         It has no ``fingerprint``, since there are no files to take one of.
         """
+        if config.tensor_parallel > 1:
+            raise ModelUnsupported(
+                f"--tensor-parallel {config.tensor_parallel} needs a model that is in files: each "
+                "process reads its part"
+            )
         runner = cls.__new__(cls)
-        runner._set_up(config, weights, None)
+        runner._set_up(config, weights.spec, build(config, weights), None)
         return runner
 
     def _set_up(
-        self, config: EngineConfig, weights: DecoderWeights, directory: Path | None
+        self,
+        config: EngineConfig,
+        spec: DecoderSpec,
+        built: Built,
+        directory: Path | None,
+        base: BaseWeights | None = None,
+        led: LeadingSteps | None = None,
     ) -> None:
-        built = build(config, weights)
-        self._steps = built.steps
+        """``spec`` and ``base`` are of the whole model; without ``base``, the decoder has it. With
+        other ranks, ``led`` are the steps of all."""
+        self._steps = built.steps if led is None else led
         self._decoder = decoder = built.steps.decoder
         self.batch_limits = built.batch
+        self._base: BaseWeights = decoder.base if base is None else base
         self.max_length, self.kv_rows = built.max_length, built.kv_rows
         self.kv_tokens = built.kv_tokens
         self.device_adapter_bytes = built.device_adapter_bytes
-        spec = decoder.spec
         self.modules = spec.modules()
         self._own_slot = config.adapter_slots  # the one after those that requests can have
         self._fingerprint = ""
@@ -83,7 +134,7 @@ class ModelRunner:
             model=config.model,
             directory="" if directory is None else str(directory.resolve()),
             dtype=str(decoder.dtype).removeprefix("torch."),
-            device=str(decoder.device),
+            device=_devices(decoder.device, config.tensor_parallel),
             vocab_size=spec.vocab_size,
             max_sequence_length=self.max_length,
             max_batch_size=built.batch.size,
@@ -94,11 +145,11 @@ class ModelRunner:
 
     def fold(self, weights: LoRAWeights) -> HostAdapter:
         """``fold.fold``, then the form that the decoder's slots take; thread-safe."""
-        return self._decoder.lora.prepare(fold(weights, self._decoder.base))
+        return self._steps.prepare(fold(weights, self._base))
 
     def without_copies(self, weights: LoRAWeights) -> LoRAWeights:
         """``fold.without_copies``; thread-safe."""
-        return without_copies(weights, self._decoder.base)
+        return without_copies(weights, self._base)
 
     def fingerprint(self) -> str:
         """``base_fingerprint`` of the model's files, read once; for one thread at a time.
@@ -112,11 +163,11 @@ class ModelRunner:
 
     def put_adapter(self, slot: int, adapter: HostAdapter) -> None:
         """Bring an adapter into a device slot, over what was there."""
-        self._decoder.lora.put(slot, adapter)  # type: ignore[arg-type]  # what its prepare made
+        self._steps.put(slot, adapter)  # type: ignore[arg-type]  # what its prepare made
 
     def clear_adapter(self, slot: int) -> None:
         """Free a device slot's memory."""
-        self._decoder.lora.clear(slot)
+        self._steps.clear(slot)
 
     def scrub(self, sequence: Sequence) -> None:
         """Zero a sequence's keys and values, after a failure that may have left NaN in them."""
@@ -132,9 +183,20 @@ class ModelRunner:
         self._steps.copy([RowCopy(probe.kv_slot, probe.kv_slot, 0)])
 
     @property
+    def lost(self) -> str:
+        """Why nothing can be computed any more, if several processes compute the model and one of
+        them has failed; empty while all is well."""
+        return "" if self._workers is None else self._workers.lost
+
+    def close(self) -> None:
+        """End the other processes, if there are any."""
+        if self._workers is not None:
+            self._workers.close()
+
+    @property
     def slots_copy(self) -> bool:
         """Whether adapters in slots are copies, which stay when the host's own go."""
-        return isinstance(self._steps, PagedSteps) or self._decoder.device.type != "cpu"
+        return self._steps.slots_copy
 
     @property
     def runs_ahead(self) -> bool:
@@ -149,7 +211,7 @@ class ModelRunner:
         The sequences are not changed; their rows of the cache are, and those of ``batch.copies``.
         """
         self._steps.copy(batch.copies)
-        return self._steps.launch(batch)
+        return self._steps.launch(lay_out(batch))
 
     def run(self, batch: Batch) -> list[tuple[Sequence, Sample]]:
         """A step from its launch to its samples."""
@@ -187,8 +249,12 @@ class ModelRunner:
         try:
             if adapter is not None:
                 self.put_adapter(self._own_slot, adapter)
-            logits = self._steps.logits_after(alone)
+            logits = self._steps.logits_after(lay_out_prompt(alone))
             wanted: list[float] = logits.float().cpu()[list(of)].tolist()
             return wanted
         finally:
             self.clear_adapter(self._own_slot)
+
+
+def _devices(first: torch.device, count: int) -> str:
+    return str(first) if count == 1 else f"{count} x {first.type}"

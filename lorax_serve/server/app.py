@@ -138,10 +138,12 @@ class Server:
             await self._close()
             raise
         self._guard.open()
+        self.metrics.serving(True)
         await self._report_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self) -> None:
         """Refuse new requests, wait for those that run up to ``drain_seconds``, then stop."""
+        self.metrics.serving(False)
         await self._health.enter_graceful_shutdown()
         self._adapters.watchers.close()
         if not await self._generator.drain(self._config.drain_seconds):
@@ -255,6 +257,7 @@ class Server:
         async def watch() -> None:
             await engine.died.wait()
             self._guard.close("the engine has died; the server must be restarted")
+            self.metrics.serving(False)
             self.failed.set()
             await self._health.enter_graceful_shutdown()
 

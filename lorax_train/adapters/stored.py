@@ -12,10 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorax_serve.adapter import AdapterFiles, LoRAWeights, ModuleShape, match_weights, read
+from lorax_serve.checkpoint.architectures import read_spec
+from lorax_serve.checkpoint.shards import open_shards
+from lorax_serve.checkpoint.source import EMBEDDED_MODEL, resolve_model
 from lorax_serve.errors import ModelUnsupported, TrainingError
-from lorax_serve.model.architectures import read_spec
-from lorax_serve.model.shards import open_shards
-from lorax_serve.model.source import EMBEDDED_MODEL, resolve_model
 from lorax_train.model.inject import module_shapes
 
 __all__ = ["StoredAdapter", "base_modules", "base_name", "open_adapter", "without_copies"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lorax_serve._version import __version__
 from lorax_serve.adapter import match_weights, read, save
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_serve.errors import TrainingError
-from lorax_serve.model.source import resolve_model
 from lorax_train.adapters.merge import check_new_directory, unwritable
 from lorax_train.adapters.stored import base_modules
 from lorax_train.commands.parsing import CommandParser

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from lorax_serve.adapter import AdapterFiles, inspect, read
 from lorax_serve.adapter.probe import PROBE_KEY, Probe
+from lorax_serve.checkpoint.architectures import read_spec
+from lorax_serve.checkpoint.source import resolve_model
 from lorax_serve.errors import AdapterRejected
-from lorax_serve.model.architectures import read_spec
-from lorax_serve.model.source import resolve_model
 from lorax_serve.report import LoadReport, ModuleReport
 from lorax_train.adapters.stored import base_name
 from lorax_train.commands.parsing import CommandParser

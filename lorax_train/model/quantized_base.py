@@ -23,8 +23,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lorax_serve.checkpoint.shards import open_shards
 from lorax_serve.errors import ModelUnsupported, TrainingError
-from lorax_serve.model.shards import open_shards
 from lorax_train.config import Quantize
 from lorax_train.memory import give_back_at_once, give_back_memory
 from lorax_train.model.quantize import QuantizedLinear, check_available, count_parameters

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorax_serve._version import __version__
-from lorax_serve.model.source import EMBEDDED_MODEL
+from lorax_serve.checkpoint.source import EMBEDDED_MODEL
 from lorax_train.config import TrainConfig
 from lorax_train.console import size
 from lorax_train.loop.training_run import Evaluation, TrainingRun

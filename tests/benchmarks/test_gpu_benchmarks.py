@@ -21,9 +21,9 @@ from benchmarks.gpu.bench import Bench, advance
 from benchmarks.gpu.report import figures, read_parts
 from benchmarks.gpu.shapes import SHAPES, Shape
 from benchmarks.gpu.weights import RandomLlama
+from lorax_serve.checkpoint.architectures import read_spec
 from lorax_serve.core import Batch
 from lorax_serve.gpu.lora import ALIGNMENT, HEADER, MAX_SLICES, SiteShape
-from lorax_serve.model.architectures import read_spec
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]

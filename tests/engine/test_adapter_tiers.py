@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from typing import Any
 
@@ -221,6 +222,28 @@ class TierMachine(RuleBasedStateMachine):
 
 TestTiers = TierMachine.TestCase
 TestTiers.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+def test_a_pinned_adapter_is_read_until_it_can_be() -> None:
+    """Though no request names it, and with pauses that grow."""
+    tiers = Tiers(host=4, slots=1, device=None, rows=1, shared=False)
+    for version in range(1, 6):
+        tiers.load(version, 1)
+    tiers.store.pin(1, None)
+    asked = []
+    for step in range(60):
+        tiers.step()
+        if tiers.loads:
+            asked.append(step)
+            tiers.end_read(0, ok=False)
+    pauses = [after - before for before, after in itertools.pairwise(asked)]
+    assert pauses == [2, 4, 8, 16, 16]
+    for _ in range(16):
+        tiers.step()
+        if tiers.loads:
+            tiers.end_read(0)
+    assert 1 in tiers.host
+    tiers.check()
 
 
 @given(st.lists(st.integers(1, 100), min_size=100, max_size=300), st.booleans())

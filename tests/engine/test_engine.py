@@ -196,7 +196,7 @@ def test_a_failed_step_leaves_no_prefix_behind(tiny_model: Path) -> None:
     tokens = prompt(90, 0)
     local.submit(1, tokens)
     local.run()
-    cache = local.runner._steps.cache
+    cache = local.runner._steps.cache  # type: ignore[union-attr]
 
     def fails(copies: object) -> None:
         raise RuntimeError("no memory")

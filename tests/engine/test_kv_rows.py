@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lorax_serve.core import CacheKey, RowCopy, Sequence
 from lorax_serve.engine.kv_rows import BLOCK, KVRows
 from lorax_serve.engine.prefix_cache import PrefixIndex
-from lorax_serve.model.kv_cache import KVCache, affordable_tokens
+from lorax_serve.model.decoders.kv_cache import KVCache, affordable_tokens
 from tests.engine.simulation import Simulation, sequence
 
 TEXT = list(range(500))

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from lorax_serve.adapter import CONFIG_FILE, read, save
 from lorax_serve.adapter.probe import PROBE_KEY, Probe
+from lorax_serve.checkpoint.fingerprint import base_fingerprint
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import AdapterInfo
 from lorax_serve.engine.messages import InspectAdapter, LoadAdapter
 from lorax_serve.errors import AdapterRejected, InvalidRequest, RejectReason
-from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_serve.report import LoadReport, ProbeOutcome
 from tests.engine.test_engine import Local, prompt
 from tests.helpers import TINY_LLAMA, each_kernels, save_tiny_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,20 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 
 @dataclass(frozen=True)
 class Group:
-    """Cases that share a batch."""
+    """Cases that share a batch.
+
+    Attributes:
+        ranks: processes that compute the model together.
+    """
 
     model: str
     dtype: str
     kernels: str
+    ranks: int = 1
 
     def __str__(self) -> str:
-        return f"{self.model} {self.dtype} {self.kernels}"
+        many = f" in {self.ranks} processes" if self.ranks > 1 else ""
+        return f"{self.model} {self.dtype} {self.kernels}{many}"
 
 
 GROUPS = [
@@ -55,6 +62,10 @@ GROUPS = [
     for model in (UNTIED, TIED, GPT2)
     for dtype in ("float32", "bfloat16")
     for kernels in (("torch",) if model == GPT2 else ("torch", "compiled"))
+] + [
+    Group(UNTIED, "float32", "paged", ranks=2),
+    Group(TIED, "bfloat16", "paged", ranks=2),
+    Group(GPT2, "float32", "paged", ranks=2),
 ]
 
 
@@ -111,8 +122,19 @@ def run_group(group: Group, model: Path, adapters: dict[str, Path]) -> Iterator[
             kernels=group.kernels,
             max_batch_size=len(names),
             max_batch_tokens=4096,
+            tensor_parallel=group.ranks,
         )
     )
+    with closing(runner):
+        names_and_rows = list(_serve(runner, names, adapters))
+    for name, sequence, rows in names_and_rows:
+        yield _case(group, model, name, adapters, sequence, rows)
+
+
+def _serve(
+    runner: LogitsRunner, names: list[str | None], adapters: dict[str, Path]
+) -> Iterator[tuple[str | None, Sequence, list[torch.Tensor]]]:
+    """Each row's name, its sequence, and the logits of its last tokens."""
     sequences = list(_sequences(runner, names, adapters))
     # Half of them begin alone, so that later steps mix decoding rows with prompts, in chunks.
     first, second = sequences[::2], sequences[1::2]
@@ -126,8 +148,7 @@ def run_group(group: Group, model: Path, adapters: dict[str, Path]) -> Iterator[
         runner.step(Batch(decodes=sequences))
         for rows, sequence in zip(seen, sequences, strict=True):
             rows.append(runner.logits[sequence.request_id])
-    for name, sequence, rows in zip(names, sequences, seen, strict=True):
-        yield _case(group, model, name, adapters, sequence, rows)
+    return zip(names, sequences, seen, strict=True)
 
 
 def _sequences(

@@ -46,12 +46,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     return get
 
 
+def marks(group: Group) -> list[pytest.MarkDecorator]:
+    slow = group.ranks > 1 and group.model != UNTIED
+    return [needs_kernels] * (group.kernels == "compiled") + [pytest.mark.slow] * slow
+
+
 @pytest.mark.parametrize(
-    "group",
-    [
-        pytest.param(group, id=str(group), marks=needs_kernels if group.kernels != "torch" else ())
-        for group in GROUPS
-    ],
+    "group", [pytest.param(group, id=str(group), marks=marks(group)) for group in GROUPS]
 )
 def test_every_variant_equals_peft_alone(group: Group, written: Written) -> None:
     model, adapters = written(group.model)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorax_serve.checkpoint.spec import Site, Slice
 from lorax_serve.core import BASE
 from lorax_serve.gpu.kernels import lora as kernels
 from lorax_serve.gpu.reference import lora as reference
-from lorax_serve.model.arena_lora import ArenaBatch, ArenaLoRA
-from lorax_serve.model.folded import FoldedAdapter, SiteLoRA
-from lorax_serve.model.spec import Site, Slice
+from lorax_serve.model.adapters.arena_lora import ArenaBatch, ArenaLoRA
+from lorax_serve.model.adapters.folded import FoldedAdapter, SiteLoRA
 
 SITES = [
     Site(160, 64, (Slice("q", 0, 32), Slice("k", 32, 16), Slice("v", 48, 16))),

@@ -14,7 +14,7 @@ import triton.language as tl
 from lorax_serve.core import SamplingParams, Sequence
 from lorax_serve.gpu.kernels import sampling as kernels
 from lorax_serve.gpu.reference import sampling as plain
-from lorax_serve.model import sampler
+from lorax_serve.model.sampling import sampler
 from tests.gpu.poison import poisoned
 
 

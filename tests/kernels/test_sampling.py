@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorax_serve.kernels.cpu import load
-from lorax_serve.model.sampler import draw, kept_by_filters, uniform
+from lorax_serve.model.sampling.sampler import draw, kept_by_filters, uniform
 from tests.helpers import each_instruction_set
 
 pytestmark = each_instruction_set

@@ -11,6 +11,7 @@ from lorax_serve import adapter as leaf
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import Batch
 from lorax_serve.model.paged_steps import PagedSteps
+from lorax_serve.model.parallel.leading import LeadingSteps
 from lorax_serve.model.runner import ModelRunner
 
 
@@ -20,9 +21,10 @@ class LogitsRunner(ModelRunner):
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self.logits: dict[int, torch.Tensor] = {}
-        if isinstance(self._steps, PagedSteps):
-            self._draw = self._steps._draw
-            self._steps._draw = self._drawing  # type: ignore[assignment]
+        steps = self._steps._steps if isinstance(self._steps, LeadingSteps) else self._steps
+        if isinstance(steps, PagedSteps):
+            self._draw = steps._draw
+            steps._draw = self._drawing  # type: ignore[assignment]
             return
         self._compute = self._decoder.logits
         self._decoder.logits = self._remember  # type: ignore[method-assign]

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorax_serve.adapter import ModuleKind, ModuleShape
+from lorax_serve.checkpoint.architectures import read_spec
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import Batch, SamplingParams, Sequence
 from lorax_serve.errors import ModelUnsupported
-from lorax_serve.model.architectures import read_spec
 from lorax_serve.model.runner import ModelRunner
 from tests.model.logits_runner import LogitsRunner
 

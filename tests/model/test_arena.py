@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorax_serve.checkpoint.spec import Site, Slice
+from lorax_serve.checkpoint.weights import Norm
 from lorax_serve.errors import Overloaded
 from lorax_serve.gpu.lora import A_OFFSETS, ALIGNMENT, B_OFFSETS, GAIN, HEADER, RANKS, SHIFT
-from lorax_serve.model import arena as arena_module
-from lorax_serve.model.arena import Arena, ArenaAdapter
+from lorax_serve.model.adapters import arena as arena_module
+from lorax_serve.model.adapters.arena import Arena, ArenaAdapter
+from lorax_serve.model.adapters.extents import Extent, Extents
+from lorax_serve.model.adapters.folded import EmbeddingChange, FoldedAdapter, OutputChange, SiteLoRA
 from lorax_serve.model.copies import HostCopies, to_device
-from lorax_serve.model.extents import Extent, Extents
-from lorax_serve.model.folded import EmbeddingChange, FoldedAdapter, OutputChange, SiteLoRA
-from lorax_serve.model.spec import Site, Slice
-from lorax_serve.model.weights import Norm
 
 CPU = torch.device("cpu")
 PER = ALIGNMENT // 4

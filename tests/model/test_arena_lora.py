@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorax_serve.checkpoint.spec import Site, Slice
+from lorax_serve.checkpoint.weights import Norm
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import BASE, Batch, SamplingParams, Sequence
 from lorax_serve.errors import Overloaded
 from lorax_serve.gpu.reference import lora as reference
-from lorax_serve.model.arena_lora import DECODE_CHUNK, ArenaBatch, ArenaLoRA
-from lorax_serve.model.folded import FoldedAdapter, SiteLoRA
-from lorax_serve.model.multi_lora import LoRABatch, MultiLoRA
-from lorax_serve.model.spec import Site, Slice
-from lorax_serve.model.weights import Norm
+from lorax_serve.model.adapters.arena_lora import DECODE_CHUNK, ArenaBatch, ArenaLoRA
+from lorax_serve.model.adapters.folded import FoldedAdapter, SiteLoRA
+from lorax_serve.model.adapters.multi_lora import LoRABatch, MultiLoRA
 from tests.fidelity.variants import VARIANTS, write_variant
 from tests.model.logits_runner import LogitsRunner, load
 

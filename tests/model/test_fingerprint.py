@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, LlamaConfig
 
+from lorax_serve.checkpoint.fingerprint import base_fingerprint
 from lorax_serve.errors import ModelUnsupported
-from lorax_serve.model.fingerprint import base_fingerprint
 from tests.helpers import TINY_LLAMA, save_tiny_model
 
 Tensors = dict[str, torch.Tensor]

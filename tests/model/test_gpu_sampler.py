@@ -9,8 +9,8 @@ import torch
 
 from lorax_serve.core import SamplingParams, Sequence
 from lorax_serve.gpu.reference.sampling import draw
-from lorax_serve.model.gpu_sampler import sample_on_device
-from lorax_serve.model.sampler import Sample, kept_by_filters, sample
+from lorax_serve.model.sampling.gpu_sampler import sample_on_device
+from lorax_serve.model.sampling.sampler import Sample, kept_by_filters, sample
 
 VOCAB = 300
 EOS = frozenset({2, 5})

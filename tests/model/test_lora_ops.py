@@ -8,15 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from lorax_serve.checkpoint.spec import Site, Slice
 from lorax_serve.core import BASE
 from lorax_serve.kernels.cpu import ADD
 from lorax_serve.kernels.cpu import load as load_kernels
 from lorax_serve.kernels.packing import Arena, PackedLinear
-from lorax_serve.model.folded import FoldedAdapter, SiteLoRA
-from lorax_serve.model.lora_ops import add_lora_reference, add_lora_segment
-from lorax_serve.model.multi_lora import MultiLoRA
-from lorax_serve.model.packed_lora import PackedLoRA
-from lorax_serve.model.spec import Site, Slice
+from lorax_serve.model.adapters.folded import FoldedAdapter, SiteLoRA
+from lorax_serve.model.adapters.lora_ops import add_lora_reference, add_lora_segment
+from lorax_serve.model.adapters.multi_lora import MultiLoRA
+from lorax_serve.model.adapters.packed_lora import PackedLoRA
 from tests.helpers import needs_kernels
 
 IN, Q, KV = 48, 32, 16

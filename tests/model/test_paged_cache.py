@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lorax_serve.core import Batch, RowCopy, Sequence
 from lorax_serve.engine.kv_rows import BLOCK, KVRows
 from lorax_serve.gpu.pages import PAGE
-from lorax_serve.model.kv_cache import KVCache
-from lorax_serve.model.paged_cache import PagedKVCache, bytes_per_token
+from lorax_serve.model.decoders.kv_cache import KVCache
+from lorax_serve.model.decoders.paged_cache import PagedKVCache, bytes_per_token
 from tests.engine.simulation import Simulation, cell, sequence
 
 CPU = torch.device("cpu")

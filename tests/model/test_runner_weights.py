@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from lorax_serve.checkpoint.loader import load_weights
 from lorax_serve.config import EngineConfig
-from lorax_serve.model.loader import load_weights
 from lorax_serve.model.runner import ModelRunner
 
 

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from lorax_serve.core import SamplingParams, Sequence
-from lorax_serve.model.sampler import draw, kept_by_filters, sample, uniform
+from lorax_serve.model.sampling.sampler import draw, kept_by_filters, sample, uniform
 
 VOCAB = 60
 

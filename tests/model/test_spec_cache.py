@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorax_serve.model import spec_cache
-from lorax_serve.model.architectures import read_spec
-from lorax_serve.model.spec import DecoderSpec
-from lorax_serve.model.spec_cache import load_spec
+from lorax_serve.checkpoint import spec_cache
+from lorax_serve.checkpoint.architectures import read_spec
+from lorax_serve.checkpoint.spec import DecoderSpec
+from lorax_serve.checkpoint.spec_cache import load_spec
 
 
 @pytest.fixture

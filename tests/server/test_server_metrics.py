@@ -9,9 +9,19 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lorax_serve import __version__
+from lorax_serve import __version__, errors
 from lorax_serve import metrics as metrics_module
-from lorax_serve.errors import AdapterNotFound
+from lorax_serve.errors import (
+    AdapterNotFound,
+    AdapterRejected,
+    EngineFailed,
+    LoraxError,
+    RejectReason,
+    SourceFailed,
+    SourceReason,
+)
+from lorax_serve.metrics import Metrics
+from lorax_serve.server.status import status_of
 from tests.server.harness import Harness, serving, stream_request, text_request, until
 
 
@@ -70,6 +80,53 @@ async def test_gauges_follow_the_engine(tokenizer_dir: Path, tmp_path: Path) -> 
         await until(lambda: harness.engine.in_flight == 0)
         harness.engine.step()
         assert (await scrape(harness))["lorax_requests_running"] == 0
+
+
+async def test_a_request_that_the_engine_fails_on_is_counted(harness: Harness) -> None:
+    def value(name: str) -> float | None:
+        return harness.server.metrics.registry.get_sample_value(name)
+
+    assert value("lorax_requests_failed_total") == value("lorax_requests_in_flight") == 0
+    harness.engine.paused = True
+    asking = asyncio.create_task(harness.client.generate("one"))
+    await until(lambda: harness.engine.in_flight == 1)
+    assert value("lorax_requests_in_flight") == 1
+    harness.engine.fail()
+    with pytest.raises(EngineFailed):
+        await asking
+    assert value("lorax_requests_failed_total") == 1
+    assert value("lorax_requests_in_flight") == 0
+
+
+async def test_whether_it_serves_is_told(tokenizer_dir: Path, tmp_path: Path) -> None:
+    async with serving(tokenizer_dir, tmp_path) as harness:
+        registry = harness.server.metrics.registry
+        assert registry.get_sample_value("lorax_serving") == 1
+        harness.engine.die()
+        await harness.server.failed.wait()
+        assert registry.get_sample_value("lorax_serving") == 0
+    assert Metrics().registry.get_sample_value("lorax_serving") == 0
+    async with serving(tokenizer_dir, tmp_path) as harness:
+        registry = harness.server.metrics.registry
+    assert registry.get_sample_value("lorax_serving") == 0
+
+
+def test_what_may_be_counted_begins_with_zero() -> None:
+    """So that Prometheus sees the first one as an increase."""
+    plain = (getattr(errors, name) for name in errors.__all__)
+    failures: list[LoraxError] = [
+        kind("")
+        for kind in plain
+        if issubclass(kind, LoraxError) and kind not in (LoraxError, AdapterRejected, SourceFailed)
+    ]
+    failures += [AdapterRejected(reason, "") for reason in RejectReason]
+    failures += [SourceFailed(reason, "") for reason in SourceReason]
+    registry = Metrics().registry
+    for error in failures:
+        labels = {"code": status_of(error)[0].name}
+        assert registry.get_sample_value("lorax_errors_total", labels) == 0
+    for reason in (*RejectReason, *SourceReason, "overloaded", "store_failed"):
+        assert registry.get_sample_value("lorax_adapter_rejects_total", {"reason": reason}) == 0
 
 
 async def test_an_adapter_s_series_go_with_its_last_version(

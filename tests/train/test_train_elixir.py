@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorax_serve.adapter import match_weights, read
+from lorax_serve.checkpoint.architectures import read_spec
 from lorax_serve.errors import TrainingError
-from lorax_serve.model.architectures import read_spec
 from lorax_train.cli import main
 from lorax_train.elixir import nx
 from lorax_train.elixir.etf import Atom, read_term

@@ -144,7 +144,7 @@ def test_tokenizer_and_generation_config_come_along(
 
 
 def test_the_server_serves_it(make_adapter: MakeAdapter, tiny_model: Path, tmp_path: Path) -> None:
-    from lorax_serve.model.architectures import read_spec
+    from lorax_serve.checkpoint.architectures import read_spec
 
     adapter = make_adapter("adapter", r=4, target_modules=["lm_head", "embed_tokens"])
     assert main(["merge", str(adapter), "--out", str(tmp_path / "merged")]) == 0

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorax_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, match_weights, read, save
+from lorax_serve.checkpoint.architectures import read_spec
 from lorax_serve.errors import TrainingError
-from lorax_serve.model.architectures import read_spec
 from lorax_train.cli import main
 from lorax_train.config import DataConfig, InjectionConfig, OutputConfig, TrainConfig
 from tests.fidelity.variants import GPT2, UNTIED, VARIANTS, write_variant

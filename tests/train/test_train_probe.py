@@ -16,9 +16,9 @@ import torch
 
 from lorax_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, read
 from lorax_serve.adapter.probe import Outcome, Probe, ProbeResult, check
+from lorax_serve.checkpoint.fingerprint import base_fingerprint
 from lorax_serve.config import EngineConfig
 from lorax_serve.core import BASE, Batch, SamplingParams, Sequence
-from lorax_serve.model.fingerprint import base_fingerprint
 from lorax_train.config import (
     DataConfig,
     InjectionConfig,

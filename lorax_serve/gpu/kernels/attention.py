@@ -50,7 +50,7 @@ def decode_attention(
     programs = min(splits, max(_LEAST_PROGRAMS, triton.cdiv(_PROGRAMS, rows * kv_heads)))
     partial = torch.empty((rows, heads, splits, head_dim), dtype=torch.float32, device=q.device)
     log_sums = torch.empty((rows, heads, splits), dtype=torch.float32, device=q.device)
-    width = triton.next_power_of_2(head_dim)
+    width = max(16, triton.next_power_of_2(head_dim))  # the least that tensor cores sum over
     # What is read ahead lies in shared memory: 32 KiB of keys and values a step of the loop, where
     # a head has 256 bytes or more. One step ahead is enough: 3.35 TB/s are 18 KiB of each
     # multiprocessor on their way, at 700 ns. The page's number is read another step before (3
@@ -103,7 +103,15 @@ def decode_attention(
     return out
 
 
-@triton.jit
+# A page table's width, and where in an upload a row's numbers begin, change while a server runs: a
+# kernel compiled for each of them would be a second's wait each time.
+_varying = triton.jit(
+    do_not_specialize=["splits", "table_stride"],
+    do_not_specialize_on_alignment=["positions", "kv_slots"],
+)
+
+
+@_varying
 def _attend_splits(
     q,
     positions,
@@ -132,7 +140,7 @@ def _attend_splits(
 ):
     """Programs (n, kv head, sequence): splits n, n + programs, and so on, BLOCK positions at a
     time. ROWS are the group's GROUP query heads and some that are none; WIDTH is HEAD_DIM, made a
-    power of two. Exponents are of 2.
+    power of two, of 16 at least. Exponents are of 2.
     """
     program, kv_head = tl.program_id(0), tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -191,7 +199,7 @@ def _attend_splits(
         split += tl.num_programs(0)
 
 
-@triton.jit
+@_varying
 def _combine_splits(
     positions,
     kv_slots,

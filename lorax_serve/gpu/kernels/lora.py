@@ -34,6 +34,13 @@ _DECODE_CHUNK = 16
 """Larger chunks are prompts', whose rows make programs enough."""
 
 
+_varying = triton.jit(
+    do_not_specialize=["header_at", "total"],
+    do_not_specialize_on_alignment=["blobs", "rows"],
+)
+"""Of kernels that are compiled once for all sites and steps of the same sizes."""
+
+
 def lora_shrink(
     x: torch.Tensor, arena: torch.Tensor, plan: LoRAPlan, site: SiteShape
 ) -> torch.Tensor:
@@ -104,7 +111,7 @@ def lora_expand(
         )
 
 
-@triton.jit(do_not_specialize=["header_at", "total"])
+@_varying
 def _shrink(
     x,
     arena,
@@ -160,7 +167,7 @@ def _shrink(
         first += BLOCK_R
 
 
-@triton.jit(do_not_specialize=["header_at", "total"])
+@_varying
 def _expand(
     h,
     y,

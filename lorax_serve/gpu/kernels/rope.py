@@ -55,7 +55,11 @@ def rotate_and_store(
     )
 
 
-@triton.jit
+# What changes while a server runs: see attention.
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["positions", "kv_slots"],
+)
 def _rotate_and_store(
     qkv,
     positions,

@@ -32,6 +32,17 @@ import triton.language as tl
 __all__ = ["draw", "uniform"]
 
 _CHUNK = 4096
+# The parameters are uploaded together, and where each begins depends on the number of rows: not a
+# reason to compile anew.
+_by_row = triton.jit(
+    do_not_specialize_on_alignment=[
+        "temperature_ptr",
+        "top_k_ptr",
+        "top_p_ptr",
+        "seeds_ptr",
+        "draws_ptr",
+    ]
+)
 _SPLIT_ATTEMPTS = 2  # of a top-p of 0.9, one row in 200 or so takes more
 
 
@@ -103,7 +114,7 @@ def _scan(logits_ptr, stride, best_ptr, tokens_ptr, VOCAB: tl.constexpr, CHUNK: 
     tl.store(tokens_ptr + at, token)
 
 
-@triton.jit
+@_by_row
 def _begin(
     logits_ptr,
     stride,
@@ -204,7 +215,7 @@ def _weights(x, best, temperature, floor, FIRST: tl.constexpr):
     return tl.where(kept, tl.exp((x - best) / temperature), 0.0).to(tl.float64)
 
 
-@triton.jit
+@_by_row
 def _mass(
     logits_ptr,
     stride,
@@ -227,7 +238,7 @@ def _mass(
     tl.store(masses_ptr + row * tl.num_programs(1) + chunk, mass)
 
 
-@triton.jit
+@_by_row
 def _propose(
     logits_ptr,
     stride,
@@ -266,7 +277,7 @@ def _propose(
     tl.store(floor_ptr + row, tl.where(top_p >= 1, float("inf"), value))
 
 
-@triton.jit
+@_by_row
 def _finish(
     logits_ptr,
     stride,

@@ -1,0 +1,1 @@
+"""Adapters in the forms that decoders take, and the device slots that hold them."""

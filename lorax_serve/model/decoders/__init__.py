@@ -1,0 +1,1 @@
+"""The base model with adapters, from token ids to logits, in three ways; and their caches."""

@@ -1,0 +1,1 @@
+"""One model on several devices, a process each: tensor parallelism (docs/adr/0006)."""
