@@ -24,7 +24,7 @@ from lorax_serve.errors import (
 )
 from lorax_serve.pb.lorax.v1 import generation_pb2 as pb
 from lorax_serve.pb.lorax.v1 import generation_pb2_grpc
-from lorax_serve.server import generation, status
+from lorax_serve.server import status
 from lorax_serve.server.app import SERVICES
 
 
@@ -93,8 +93,13 @@ def test_adapters_that_cannot_be_sent(adapters: Any, message: str) -> None:
 
 
 def test_metadata_is_sent_where_it_can_be() -> None:
-    assert metadata("poet") == ((generation.ADAPTER_METADATA, "poet"),)
-    assert metadata(None) == metadata("ü") == metadata("a\nb") == metadata({"poet": 1}) == ()
+    assert metadata("poet") == metadata("poet@" + 12 * "a") == (("lorax-adapter", "poet"),)
+    # The order and the scales say nothing of where the parts are.
+    both = (("lorax-adapter", "pilot+poet"),)
+    assert (
+        metadata({"poet": 1, "pilot@" + 64 * "b": -1}) == metadata({"pilot": 2, "poet": 1}) == both
+    )
+    assert metadata(None) == metadata("ü") == metadata("a\nb") == metadata({"ü": 1}) == ()
 
 
 @pytest.mark.parametrize("retries", [-1, 5])
