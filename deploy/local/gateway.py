@@ -1,4 +1,4 @@
-"""Envoy with ``deploy/gateway/envoy.yaml``, where only ports and the name server are this machine's."""
+"""Envoy with ``deploy/gateway/envoy.yaml``; only ports and the name server are this machine's."""
 
 from __future__ import annotations
 

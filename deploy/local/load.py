@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from lorax_serve.client.failures import error_of
 from lorax_serve.client.requests import channel_options, generate_fields, metadata
 from lorax_serve.pb.lorax.v1.generation_pb2 import STOP_REASON_MAX_TOKENS, GenerateStreamRequest
 from lorax_serve.pb.lorax.v1.generation_pb2_grpc import GenerationServiceStub
@@ -29,7 +30,7 @@ class Call:
 
     Attributes:
         replica: who has answered; None if that is not known.
-        code: gRPC's status.
+        error: what our client raises for how it failed, and gRPC's status; "" if it has not.
         tokens: how many came.
         whole: whether it ended as it should.
         ended: ``time.monotonic`` then.
@@ -38,8 +39,7 @@ class Call:
     adapter: str
     started: float
     replica: str | None = None
-    code: grpc.StatusCode = grpc.StatusCode.OK
-    details: str = ""
+    error: str = ""
     tokens: int = 0
     whole: bool = False
     ended: float = 0.0
@@ -57,9 +57,9 @@ class Calls:
         return [call for call in self.ended if not call.whole]
 
     @property
-    def codes(self) -> dict[str, int]:
-        """How many failed with each status."""
-        return dict(Counter(call.code.name for call in self.failed))
+    def errors(self) -> dict[str, int]:
+        """How many failed in each way."""
+        return dict(Counter(call.error or "cut short" for call in self.failed))
 
     def homes(self) -> dict[str, str]:
         """The replica that has answered most of each adapter's calls."""
@@ -95,6 +95,7 @@ class Load:
     """
 
     def __init__(self, target: str) -> None:
+        self._target = target
         self._channel = grpc.aio.insecure_channel(target, options=channel_options(0))
         self._stub = GenerationServiceStub(self._channel)
 
@@ -120,7 +121,8 @@ class Load:
                 made.tokens = chunk.generated_token_count
                 made.whole = chunk.stop_reason == STOP_REASON_MAX_TOKENS and made.tokens == tokens
         except grpc.aio.AioRpcError as error:
-            made.code, made.details, made.whole = error.code(), str(error.details()), False
+            kind = type(error_of(error, self._target)).__name__
+            made.error, made.whole = f"{kind} ({error.code().name})", False
         made.replica = dict(await stream.trailing_metadata() or ()).get(REPLICA_METADATA)
         made.ended = time.monotonic()
         return made

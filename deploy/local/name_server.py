@@ -1,8 +1,8 @@
 """A name server that knows one name: what a headless Service is in a cluster.
 
-``python -m deploy.local.name_server PORT NAME ADDRESS...`` answers on 127.0.0.1, over UDP, that NAME
-has these IPv4 addresses. It answers with all of them whatever becomes of the replicas, as a cluster
-does until it has noticed: the gateway must cope.
+``python -m deploy.local.name_server PORT NAME ADDRESS...`` answers on 127.0.0.1, over UDP, that
+NAME has these IPv4 addresses. It answers with all of them whatever becomes of the replicas, as a
+cluster does until it has noticed: the gateway must cope.
 """
 
 from __future__ import annotations
