@@ -15,12 +15,16 @@ from lorax_serve.errors import LoraxError
 
 __all__ = ["adapter_loads", "affinity", "kill", "manifest", "rolling_restart"]
 
+# Tokens that take seconds, and almost all that a sequence may have.
+_LONG = 8000
 _READS = "lorax_adapter_reads_total"
 
 
 async def affinity(cluster: Cluster, calls: int = 600) -> dict[str, Any]:
-    """60 adapters, each as busy as the others: one call at a time, then several."""
-    figures: dict[str, Any] = {"calls": 0, "failed": 0, "at_home": {}}
+    """60 adapters, each as busy as the others: in calm (one call at a time), and busier. By how
+    many calls are made at once: the share that the adapter's replica in calm has answered, and what
+    the busiest replica has answered over the mean."""
+    figures: dict[str, Any] = {"calls": 0, "failed": 0, "at_home": {}, "busiest_over_mean": {}}
     homes: dict[str, str] = {}
     for at_once in (1, 6, 48):
         async with Load(cluster.gateway) as load:
@@ -31,7 +35,7 @@ async def affinity(cluster: Cluster, calls: int = 600) -> dict[str, Any]:
         figures["failed"] += len(done.failed)
         figures["at_home"][at_once] = round(at_home / len(done.ended), 4)
         busiest = max(done.by_replica().values())
-        figures["busiest_over_mean"] = round(busiest * len(cluster.replicas) / calls, 3)
+        figures["busiest_over_mean"][at_once] = round(busiest * len(cluster.replicas) / calls, 3)
     figures["adapters_by_replica"] = sorted(Counter(homes.values()).values())
     return figures
 
@@ -61,16 +65,15 @@ async def kill(cluster: Cluster) -> dict[str, Any]:
     async with Load(cluster.gateway) as load:
         homes = (await load.run(even(NAMES), 400, at_once=4)).homes()
         victim = cluster.replicas[1]
-        # Few enough that no replica is too busy to keep its own.
-        chosen = [
-            name
-            for replica in cluster.replicas
-            for name in [each for each in NAMES if homes.get(each) == replica.name][:2]
-        ]
-        streams = [asyncio.create_task(load.call(name, 6000, 120.0)) for name in chosen]
-        await asyncio.sleep(1)
+        # One after the other, two for each replica in turn: none is ever too busy for its own.
+        mine = [[n for n in NAMES if homes.get(n) == each.name] for each in cluster.replicas]
+        chosen = [names[turn] for turn in range(2) for names in mine]
+        streams = []
+        for name in chosen:
+            streams.append(asyncio.create_task(load.call(name, _LONG, 120.0)))
+            await asyncio.sleep(0.05)
         async with load.running(even(NAMES, seed=2), at_once=3) as short:
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.3)
             killed = time.monotonic()
             await asyncio.to_thread(victim.process.kill)
             await asyncio.sleep(8)
