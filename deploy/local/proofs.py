@@ -74,8 +74,8 @@ async def kill(cluster: Cluster) -> dict[str, Any]:
             await asyncio.sleep(0.05)
         async with load.running(even(NAMES, seed=2), at_once=3) as short:
             await asyncio.sleep(0.3)
-            killed = time.monotonic()
             await asyncio.to_thread(victim.process.kill)
+            killed = time.monotonic()
             await asyncio.sleep(8)
         long = Calls(list(await asyncio.gather(*streams)))
         after = await load.run(even(NAMES), 400, at_once=4)

@@ -11,6 +11,7 @@ import yaml
 
 from deploy.local.gateway import CONFIG, find_envoy, gateway
 from deploy.local.name_server import answer
+from lorax_serve.metrics import Metrics
 
 QUERY = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00"
 
@@ -45,6 +46,24 @@ def test_envoy_takes_the_file(tmp_path: Path, round_robin: bool) -> None:
     # Three ports are all that differs, and the policy where it is to.
     ours, theirs = CONFIG.read_text().splitlines(), rendered.read_text().splitlines()
     assert len([line for line in theirs if line not in ours]) == 3 + round_robin
+
+
+def test_the_endpoint_picker_reads_what_there_is() -> None:
+    files = {path.name: path for path in (CONFIG.parent / "inference-extension").glob("*.yaml")}
+    objects = {name: yaml.safe_load(path.read_text()) for name, path in files.items()}
+    assert {each["kind"] for each in objects.values()} == {
+        "ConfigMap",
+        "HTTPRoute",
+        "InferencePool",
+    }
+    config = yaml.safe_load(objects["endpoint-picker.yaml"]["data"]["config.yaml"])
+    plugins = {each["type"]: each.get("parameters", {}) for each in config["plugins"]}
+    (engine,) = plugins["core-metrics-extractor"]["engineConfigs"]
+    wanted = {value for key, value in engine.items() if key.endswith("Spec")}
+    families = Metrics(vllm_names=True).registry.collect()
+    assert wanted <= {family.name for family in families}
+    used = [each["pluginRef"] for each in config["schedulingProfiles"][0]["plugins"]]
+    assert set(used) <= plugins.keys()
 
 
 def test_streams_are_never_made_again() -> None:
