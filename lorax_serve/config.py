@@ -158,6 +158,9 @@ class ServerConfig:
     """How long fetching one adapter from the source may take."""
     drain_seconds: float = 30.0
     """How long running requests may go on after SIGTERM."""
+    linger_seconds: float = 0.0
+    """How long after SIGTERM the port stays open at least, where new calls are refused with
+    UNAVAILABLE: as long as a proxy needs to notice, which makes them elsewhere meanwhile."""
     replica_name: str | None = None
     """What this server calls itself in the metadata lorax-replica of its answers; default: the
     host's name, which in Kubernetes is the pod's."""
@@ -183,6 +186,8 @@ class ServerConfig:
             raise InvalidRequest(f"watch_seconds must be 0 or more, found {self.watch_seconds}")
         if self.drain_seconds < 0:
             raise InvalidRequest(f"drain_seconds must be 0 or more, found {self.drain_seconds}")
+        if not 0 <= self.linger_seconds < math.inf:
+            raise InvalidRequest(f"linger_seconds must be 0 or more, found {self.linger_seconds}")
 
     def _check_places(self) -> None:
         """Refuse flags that say two things about what is served, or nothing about where it is."""

@@ -176,6 +176,8 @@ class Cluster:
                 "max-batch-size": 32,
                 "max-sequence-length": 8192,
                 "drain-seconds": 30,
+                # Envoy notices after two health checks.
+                "linger-seconds": 2,
             }
             command = [sys.executable, "-m", "lorax_serve.cli.serve"]
             for flag, value in flags.items():

@@ -40,6 +40,7 @@ class Call:
     started: float
     replica: str | None = None
     error: str = ""
+    details: str = ""
     tokens: int = 0
     whole: bool = False
     ended: float = 0.0
@@ -60,6 +61,11 @@ class Calls:
     def errors(self) -> dict[str, int]:
         """How many failed in each way."""
         return dict(Counter(call.error or "cut short" for call in self.failed))
+
+    @property
+    def details(self) -> list[str]:
+        """What was told of those that failed."""
+        return sorted({call.details for call in self.failed})
 
     def homes(self) -> dict[str, str]:
         """The replica that has answered most of each adapter's calls."""
@@ -123,6 +129,7 @@ class Load:
         except grpc.aio.AioRpcError as error:
             kind = type(error_of(error, self._target)).__name__
             made.error, made.whole = f"{kind} ({error.code().name})", False
+            made.details = str(error.details())
         made.replica = dict(await stream.trailing_metadata() or ()).get(REPLICA_METADATA)
         made.ended = time.monotonic()
         return made

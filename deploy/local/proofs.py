@@ -52,11 +52,13 @@ async def rolling_restart(cluster: Cluster) -> dict[str, Any]:
         for replica in cluster.replicas:
             await asyncio.to_thread(cluster.restart, replica)
             await asyncio.sleep(2)  # as minReadySeconds
+    both = Calls(short.ended + long.ended)
     return {
         "calls": len(short.ended),
         "long_streams": len(long.ended),
-        "failed": len(short.failed) + len(long.failed),
-        "errors": Calls(short.ended + long.ended).errors,
+        "failed": len(both.failed),
+        "errors": both.errors,
+        "details": both.details,
     }
 
 

@@ -149,12 +149,15 @@ class Server:
         await self._report_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self) -> None:
-        """Refuse new requests, wait for those that run up to ``drain_seconds``, then stop."""
+        """Refuse new requests, wait for those that run up to ``drain_seconds``, and as long as a
+        proxy needs to notice (``linger_seconds``), then stop."""
+        closing = asyncio.create_task(asyncio.sleep(self._config.linger_seconds))
         await self._health.enter_graceful_shutdown()
         self._adapters.watchers.close()
         if not await self._generator.drain(self._config.drain_seconds):
             log.warning("requests still ran after %g s", self._config.drain_seconds)
             await self._grpc.stop(None)  # which cancels them
+        await closing
         await self._close()
 
     async def __aenter__(self) -> Server:
