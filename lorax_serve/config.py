@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,9 @@ from typing import NamedTuple
 from lorax_serve.errors import InvalidRequest
 
 __all__ = ["DTYPES", "KERNELS", "PROBES", "BatchLimits", "EngineConfig", "ServerConfig"]
+
+# It travels in metadata.
+_VISIBLE = re.compile(r"[!-~]{1,253}")
 
 KERNELS = ("auto", "compiled", "torch", "triton", "paged")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -137,7 +141,7 @@ class ServerConfig:
     """HTTP port of /metrics; 0 takes a free one, None serves no metrics."""
     adapters: Path | None = None
     """Directory whose subdirectories are adapters, all loaded at the start under their names.
-    LoadAdapter reads from inside it only."""
+    LoadAdapter reads from inside it only. With --manifest: where its directories are."""
     state: Path | None = None
     """Directory where the server keeps what it has loaded: after a restart it serves that again,
     and earlier versions can be rolled back to. One server each. Without it, adapters are read
@@ -145,18 +149,29 @@ class ServerConfig:
     source: str | None = None
     """Where adapters come from, with --state: a directory, s3://bucket/prefix, hf://org or
     hf://org/repo; default: --adapters. All that it lists is loaded at the start."""
+    manifest: Path | None = None
+    """YAML file with the adapters that are served, and no others; with --state. Each has a name
+    and a source (s3://, hf://, a directory in --adapters), and may have digest, weight, pinned."""
     load_on_demand: bool = False
     """Whether a request may name an adapter that is not loaded, but that the source has. Then
     nothing is loaded from it at the start."""
     adapter_history: int = 4
     """With --state, earlier versions that are kept of each adapter."""
     watch_seconds: float = 10.0
-    """With --state, how often the source is looked at for what is new or has changed, and what
-    could not be loaded is tried again; 0 switches it off."""
+    """With --state, how often the source or the manifest is looked at for what is new or has
+    changed, and what could not be loaded is tried again; 0 switches it off."""
     fetch_seconds: float = 300.0
     """How long fetching one adapter from the source may take."""
     drain_seconds: float = 30.0
     """How long running requests may go on after SIGTERM."""
+    linger_seconds: float = 0.0
+    """How long after SIGTERM the port stays open at least, where new calls are refused with
+    UNAVAILABLE: as long as a proxy needs to notice, which makes them elsewhere meanwhile."""
+    replica_name: str | None = None
+    """What this server calls itself in the metadata lorax-replica of its answers; default: the
+    host's name, which in Kubernetes is the pod's."""
+    vllm_metric_names: bool = False
+    """Whether /metrics has the gauges that routers made for vLLM read too, under vLLM's names."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -165,15 +180,38 @@ class ServerConfig:
             metrics_port=self.metrics_port,
             adapter_history=self.adapter_history,
         )
-        if self.state is None and (self.source is not None or self.load_on_demand):
-            flag = "source" if self.source is not None else "load_on_demand"
-            raise InvalidRequest(f"{flag} needs --state DIR, where what comes from it is kept")
+        if self.replica_name is not None and not _VISIBLE.fullmatch(self.replica_name):
+            raise InvalidRequest(
+                f"replica_name must be 1 to 253 visible ASCII characters, found "
+                f"{self.replica_name[:300]!r}"
+            )
+        self._check_places()
         if not self.fetch_seconds > 0:
             raise InvalidRequest(f"fetch_seconds must be more than 0, found {self.fetch_seconds}")
         if not self.watch_seconds >= 0:
             raise InvalidRequest(f"watch_seconds must be 0 or more, found {self.watch_seconds}")
         if self.drain_seconds < 0:
             raise InvalidRequest(f"drain_seconds must be 0 or more, found {self.drain_seconds}")
+        if not 0 <= self.linger_seconds < math.inf:
+            raise InvalidRequest(f"linger_seconds must be 0 or more, found {self.linger_seconds}")
+
+    def _check_places(self) -> None:
+        """Refuse flags that say two things about what is served, or nothing about where it is."""
+        if self.manifest is not None:
+            if self.state is None:
+                raise InvalidRequest(
+                    "manifest needs --state DIR, where the adapters that it names are kept"
+                )
+            if self.source is not None or self.load_on_demand:
+                flag = "source" if self.source is not None else "load_on_demand"
+                raise InvalidRequest(
+                    f"manifest and {flag} exclude each other: the manifest alone decides what is "
+                    f"served, and names a source for each adapter; leave out --"
+                    f"{flag.replace('_', '-')}"
+                )
+        if self.state is None and (self.source is not None or self.load_on_demand):
+            flag = "source" if self.source is not None else "load_on_demand"
+            raise InvalidRequest(f"{flag} needs --state DIR, where what comes from it is kept")
 
 
 def _at_least(least: int, **settings: int | None) -> None:

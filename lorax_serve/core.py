@@ -17,6 +17,7 @@ __all__ = [
     "AdapterScale",
     "AdapterStats",
     "AdapterTier",
+    "AdapterWork",
     "Batch",
     "CacheKey",
     "ChatMessage",
@@ -393,6 +394,15 @@ class AdapterInfo:
             return 0
         starts = range(len(prompt) - len(wanted), -1, -1)
         return next((at for at in starts if prompt[at : at + len(wanted)] == wanted), NEVER)
+
+
+class AdapterWork(NamedTuple):
+    """Which adapters' versions have requests; none is in both."""
+
+    running: frozenset[int] = frozenset()
+    """In the batch."""
+    waiting: frozenset[int] = frozenset()
+    """Those whose requests all wait, for a place or for a slot."""
 
 
 class AdapterStats(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -39,7 +39,15 @@ from lorax_serve.errors import (
 from lorax_serve.frontend.generator import RequestListener, TextStream
 from lorax_serve.registry.compositions import Composed
 from lorax_serve.registry.events import RegistryListener
+from lorax_serve.registry.manifest_reconciler import ManifestReconciler
+from lorax_serve.registry.residency import Residency
 from lorax_serve.registry.version import Adapter
+from lorax_serve.router_metrics import (
+    ManifestCollector,
+    ResidencyCollector,
+    VLLMCollector,
+    kv_usage,
+)
 
 __all__ = [
     "BASE_LABEL",
@@ -98,10 +106,14 @@ class Metrics(RequestListener, RegistryListener):
     Attributes:
         registry: its own, so that several servers can live in one process.
         stats: the engine's gauges, read when Prometheus asks.
+        residency: where adapters are; asked then too, from a thread of its own.
+        failures: what should be served and could not be loaded, by name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, vllm_names: bool = False, adapter_slots: int = 0) -> None:
         self.registry = registry = CollectorRegistry()
+        self.residency: Callable[[], Residency] = Residency
+        self.failures: Mapping[str, LoraxError] = {}
         self.stats = EngineStats()
         self._versions: dict[str, set[int]] = {}
         self._labels: set[str] = set()
@@ -177,6 +189,8 @@ class Metrics(RequestListener, RegistryListener):
             "lorax_step_seconds", "Duration of one step", buckets=_LATENCY, registry=registry
         )
         self._add_gauges(registry)
+        if vllm_names:
+            registry.register(VLLMCollector(lambda: self.stats, self._named, adapter_slots))
 
     def _add_gauges(self, registry: CollectorRegistry) -> None:
         def gauge(name: str, help_text: str, field: str) -> None:
@@ -192,8 +206,29 @@ class Metrics(RequestListener, RegistryListener):
             "Tokens of ended requests that are kept for prompts that begin alike",
             "kv_cached_tokens",
         )
+        use = "Share of the KV cache that running requests take, in [0, 1]"
+        Gauge("lorax_kv_usage_ratio", use, registry=registry).set_function(
+            lambda: kv_usage(self.stats)
+        )
+        failed = "Adapters of the source or manifest that could not be loaded when last tried"
+        Gauge("lorax_adapters_failed", failed, registry=registry).set_function(
+            lambda: len(self.failures)
+        )
         registry.register(_SchedulerCollector(lambda: self.stats))
         registry.register(_AdapterCollector(lambda: self.stats.adapters))
+        registry.register(ResidencyCollector(self._named))
+
+    def watch_manifest(self, reconciler: ManifestReconciler) -> None:
+        """Add what becomes of a manifest."""
+        self.registry.register(ManifestCollector(reconciler))
+
+    def _named(self) -> Residency:
+        """Where adapters are, of as many as may have a label: those in slots first."""
+        found = self.residency()
+        device = found.device[:MAX_ADAPTER_LABELS]
+        host = found.host[: MAX_ADAPTER_LABELS - len(device)]
+        at_work = (names[:MAX_ADAPTER_LABELS] for names in (found.running, found.waiting))
+        return Residency(device, host, *at_work)
 
     def step(self, report: StepReport) -> None:
         """The engine has done a step (``AsyncEngine.on_step``)."""

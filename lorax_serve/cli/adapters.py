@@ -35,6 +35,8 @@ def _list(client: Any, options: argparse.Namespace) -> None:
     ]
     head = "NAME STATE TIER VERSION RANK BYTES WEIGHT ACTIVE REQUESTS USED DIGEST"
     print("\n".join(table([tuple(head.split()), *rows])))
+    for failed in client.list_failed_adapters():
+        print(f"not loaded: {failed.name}: {failed.message}")
 
 
 def _load(client: Any, options: argparse.Namespace) -> None:

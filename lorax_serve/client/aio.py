@@ -17,6 +17,7 @@ from lorax_serve.client.requests import Adapters, GenerateOptions, Prompt
 from lorax_serve.client.results import (
     Adapter,
     AdapterEvent,
+    FailedAdapter,
     Generation,
     Model,
     Tokens,
@@ -234,6 +235,12 @@ class AsyncClient:
         request = adapter_pb2.ListAdaptersRequest()
         answer = await self._call(self._adapters.ListAdapters, request, timeout)
         return [Adapter.of(each) for each in answer.adapters]
+
+    async def list_failed_adapters(self, *, timeout: float | None = None) -> list[FailedAdapter]:
+        """What the server should serve by its source or manifest, and could not load."""
+        request = adapter_pb2.ListAdaptersRequest()
+        answer = await self._call(self._adapters.ListAdapters, request, timeout)
+        return [FailedAdapter.of(each) for each in answer.failed]
 
     async def watch_adapters(
         self, name: str | None = None, *, timeout: float | None = None

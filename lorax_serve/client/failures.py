@@ -22,9 +22,11 @@ from lorax_serve.errors import (
 )
 from lorax_serve.pb.lorax.v1 import adapter_pb2
 from lorax_serve.report import LoadReport
+from lorax_serve.routing import REPLICA_METADATA
 
 __all__ = ["ServerError", "TimedOut", "Unavailable", "error_of"]
 
+_RESET = "RST_STREAM"
 _REJECT_REASON = "lorax-reject-reason"
 _LOAD_REPORT = "lorax-load-report-bin"
 _SOURCE_REASON = "lorax-source-reason"
@@ -43,7 +45,8 @@ class ServerError(LoraxError):
 
 
 class Unavailable(ServerError):
-    """The server cannot be reached, is starting or shutting down, or has lost its engine."""
+    """The server cannot be reached, is starting or shutting down, or has lost its engine; or it, or
+    the proxy before it, vanished during the call."""
 
 
 class TimedOut(ServerError):
@@ -68,9 +71,12 @@ def error_of(call: Any, address: str) -> LoraxError:
     # A newer server's reason is left to the code, which says as much as is known here.
     if trailing.get(_SOURCE_REASON) in list(SourceReason):
         return SourceFailed(SourceReason(trailing[_SOURCE_REASON]), message)
-    if code in _ERRORS:
+    # A proxy cannot end a stream that has begun with a status: when its server has vanished, it
+    # resets the stream, which gRPC calls INTERNAL. What a server says itself comes with its name.
+    reset = _RESET in message and REPLICA_METADATA not in trailing
+    if code in _ERRORS and not reset:
         return _ERRORS[code](message)
-    if code is grpc.StatusCode.UNAVAILABLE:
+    if code is grpc.StatusCode.UNAVAILABLE or reset:
         return Unavailable(f"{address}: {message}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return TimedOut(f"{address} did not answer in time; raise the timeout")

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from lorax_serve.errors import InvalidRequest
 from lorax_serve.pb.lorax.v1 import generation_pb2 as pb
+from lorax_serve.routing import ADAPTER_METADATA, routing_key
 
 __all__ = [
     "Adapters",
@@ -145,11 +146,12 @@ def prompt(text_or_ids_or_chat: Prompt) -> dict[str, Any]:
 
 
 def metadata(adapter: Adapters) -> tuple[tuple[str, str], ...]:
-    """Request metadata: the adapter again, for proxies that route by it."""
-    # Other characters cannot be sent; no adapter has them, and the server will say so.
-    if not isinstance(adapter, str) or not (adapter.isascii() and adapter.isprintable()):
+    """Request metadata: the routing key, for proxies that keep an adapter on one replica."""
+    if not adapter:
         return ()
-    return (("lorax-adapter", adapter),)
+    key = routing_key((adapter,) if isinstance(adapter, str) else adapter)
+    # Other characters cannot be sent; no adapter has them, and the server will say so.
+    return ((ADAPTER_METADATA, key),) if key.isascii() and key.isprintable() else ()
 
 
 def channel_options(retries: int) -> tuple[tuple[str, Any], ...]:

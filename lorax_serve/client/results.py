@@ -14,6 +14,7 @@ __all__ = [
     "Adapter",
     "AdapterEvent",
     "AppliedAdapter",
+    "FailedAdapter",
     "Generation",
     "Model",
     "Token",
@@ -228,6 +229,26 @@ class Adapter:
         """The content of the response to a load; an older server's has no report."""
         report = load_report(response.report) if response.HasField("report") else None
         return cls.of(response.adapter, report)
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAdapter:
+    """An adapter that a server should serve by its source or manifest, and could not load.
+
+    Attributes:
+        name: of the adapter, or of the source or file that could not be read.
+        message: why not.
+        reason: the class of that, if it has one.
+    """
+
+    name: str
+    message: str
+    reason: str
+
+    @classmethod
+    def of(cls, message: Any) -> FailedAdapter:
+        """The content of a message."""
+        return cls(message.adapter_id, message.message, message.reason)
 
 
 @dataclass(frozen=True, slots=True)

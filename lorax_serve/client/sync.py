@@ -16,6 +16,7 @@ from lorax_serve.client.requests import Adapters, GenerateOptions, Prompt
 from lorax_serve.client.results import (
     Adapter,
     AdapterEvent,
+    FailedAdapter,
     Generation,
     Model,
     Tokens,
@@ -230,6 +231,12 @@ class Client:
         request = adapter_pb2.ListAdaptersRequest()
         answer = self._call(self._adapters.ListAdapters, request, timeout)
         return [Adapter.of(each) for each in answer.adapters]
+
+    def list_failed_adapters(self, *, timeout: float | None = None) -> list[FailedAdapter]:
+        """What the server should serve by its source or manifest, and could not load."""
+        request = adapter_pb2.ListAdaptersRequest()
+        answer = self._call(self._adapters.ListAdapters, request, timeout)
+        return [FailedAdapter.of(each) for each in answer.failed]
 
     def watch_adapters(
         self, name: str | None = None, *, timeout: float | None = None

@@ -27,6 +27,7 @@ from lorax_serve.engine.messages import (
     Command,
     DropAdapter,
     FindAdapters,
+    FindWork,
     InspectAdapter,
     LoadAdapter,
     PinAdapter,
@@ -137,6 +138,8 @@ class Engine:
                 self._reply(Reply(call_id))
             case FindAdapters(call_id):
                 self._reply(Reply(call_id, self._store.tiers()))
+            case FindWork(call_id):
+                self._reply(Reply(call_id, self._scheduler.work()))
             case CheckIntegrity(call_id):
                 self._reply(Reply(call_id, self.check_integrity()))
 

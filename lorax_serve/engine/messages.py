@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from lorax_serve.core import (
     AdapterInfo,
     AdapterTier,
+    AdapterWork,
     EngineStats,
     Freed,
     ModelInfo,
@@ -119,6 +120,13 @@ class FindAdapters:
 
 
 @dataclass(frozen=True, slots=True)
+class FindWork:
+    """Ask which adapters have requests. Replied with an ``AdapterWork``."""
+
+    call_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class CheckIntegrity:
     """Check all accounting. Replied with a tuple of problems, empty if there is none."""
 
@@ -139,11 +147,19 @@ Command = (
     | PinAdapter
     | UnpinAdapter
     | FindAdapters
+    | FindWork
     | CheckIntegrity
     | Stop
 )
 Answer = (
-    AdapterInfo | LoadReport | ModelInfo | Freed | dict[int, AdapterTier] | tuple[str, ...] | None
+    AdapterInfo
+    | LoadReport
+    | ModelInfo
+    | Freed
+    | dict[int, AdapterTier]
+    | AdapterWork
+    | tuple[str, ...]
+    | None
 )
 
 

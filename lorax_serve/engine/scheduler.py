@@ -22,7 +22,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 
-from lorax_serve.core import BASE, Batch, Sequence
+from lorax_serve.core import BASE, AdapterWork, Batch, Sequence
 from lorax_serve.engine.adapter_slots import AdapterSlots
 from lorax_serve.engine.fair_queue import SCALE, FairQueue, Flow
 from lorax_serve.engine.kv_rows import KVRows
@@ -165,6 +165,15 @@ class Scheduler:
         flows |= {self._queue.flow(s) for s in self._running.values() if self._is_parked(s)}
         ordered = sorted(flows, key=lambda flow: flow.counter)
         return [flow.adapter for flow in ordered if flow.adapter is not None]
+
+    def work(self) -> AdapterWork:
+        """The adapters that have requests."""
+        running = frozenset(
+            s.adapter
+            for s in self._running.values()
+            if s.adapter is not None and not self._is_parked(s)
+        )
+        return AdapterWork(running, frozenset(self.waiting_adapters()) - running)
 
     def waiting_for(self, version: int) -> list[Sequence]:
         """The waiting or parked sequences that name an adapter."""

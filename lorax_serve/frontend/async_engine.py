@@ -15,6 +15,7 @@ from lorax_serve.config import EngineConfig
 from lorax_serve.core import (
     AdapterInfo,
     AdapterTier,
+    AdapterWork,
     EngineStats,
     Freed,
     ModelInfo,
@@ -30,6 +31,7 @@ from lorax_serve.engine.messages import (
     Command,
     DropAdapter,
     FindAdapters,
+    FindWork,
     InspectAdapter,
     LoadAdapter,
     PinAdapter,
@@ -193,6 +195,12 @@ class AsyncEngine:
         tiers = await self._ask(FindAdapters)
         assert isinstance(tiers, dict)
         return tiers
+
+    async def find_work(self) -> AdapterWork:
+        """Which versions have requests."""
+        work = await self._ask(FindWork)
+        assert isinstance(work, AdapterWork)
+        return work
 
     async def check_integrity(self) -> tuple[str, ...]:
         """What is wrong in the engine's accounting: empty when all is well."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,6 +71,10 @@ class Compositions:
 
     def __len__(self) -> int:
         return len(self._made)
+
+    def __iter__(self) -> Iterator[Composed]:
+        """Those that are there."""
+        yield from self._made.values()
 
     async def acquire(self, parts: Sequence[tuple[Adapter, float]]) -> Composed:
         """Hold the composition of these versions, which the caller holds; made if need be.

@@ -96,7 +96,9 @@ class Library:
         self._opened.close()
 
     @asynccontextmanager
-    async def fetch(self, path: str, expected: str | None = None) -> AsyncIterator[Fetched]:
+    async def fetch(
+        self, path: str, expected: str | None = None, source: Source | None = None
+    ) -> AsyncIterator[Fetched]:
         """Bring an adapter's files onto this disk.
 
         They stay if they were recorded by the end of the block.
@@ -104,6 +106,7 @@ class Library:
         Args:
             path: of the adapter in the source.
             expected: the digest that it must have.
+            source: another one than this library's.
 
         Raises:
             AdapterConflict: there is no source.
@@ -111,7 +114,7 @@ class Library:
             AdapterRejected: a file is missing, or has another digest.
             StoreFailed, Overloaded: the disk.
         """
-        source = self.source
+        source = source or self.source
         if source is None:
             raise AdapterConflict("this server loads no adapters: start it with --adapters")
         async with self._stage() as stage:
@@ -278,6 +281,16 @@ class Library:
         if not isinstance(source, WatchableSource):
             return None
         return await self._ask(self._listings, source.uri, source.list)
+
+    async def signature(self, path: str, source: Source) -> str:
+        """How the content of ``path`` in a source is known there now.
+
+        Raises:
+            InvalidRequest: the path is malformed.
+            SourceFailed: the source did not say.
+        """
+        what = place(source.uri, path)
+        return await self._ask(self._fetches, what, lambda: source.signature(path))
 
     @asynccontextmanager
     async def _stage(self) -> AsyncIterator[Stage]:

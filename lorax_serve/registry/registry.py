@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 from lorax_serve.core import AdapterTier, Freed
 from lorax_serve.errors import AdapterConflict, AdapterNotFound, InvalidRequest, LoraxError
@@ -26,15 +26,14 @@ from lorax_serve.registry.in_place import InPlace
 from lorax_serve.registry.kept import KeptVersions
 from lorax_serve.registry.library import Fetched, Library
 from lorax_serve.registry.names import Names, check_digest, check_name
+from lorax_serve.registry.residency import Residency, residency_of
 from lorax_serve.registry.upload import Upload
-from lorax_serve.registry.version import Adapter
+from lorax_serve.registry.version import MAX_WEIGHT, Adapter
 from lorax_serve.registry.versions import AdapterEngine, Versions
 from lorax_serve.report import LoadReport
 from lorax_serve.store.catalog import NameRecord
 
 __all__ = ["AdapterRegistry"]
-
-_MAX_WEIGHT = 100
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class AdapterRegistry:
         self._kept = KeptVersions(engine, library, names, versions)
         self._loading: set[str] = set()
         self._backoff = Backoff(clock)
-        compositions = Compositions(engine, versions, background)
+        self._compositions = compositions = Compositions(engine, versions, background)
         versions.on_retired = compositions.leave
         self.admission = Admission(
             names,
@@ -91,6 +90,11 @@ class AdapterRegistry:
     async def tiers(self) -> dict[int, AdapterTier]:
         """Where the versions' weights are, by key."""
         return await self._engine.find_adapters()
+
+    async def residency(self) -> Residency:
+        """Which names are in memory, and which have requests."""
+        tiers, work = await asyncio.gather(self._engine.find_adapters(), self._engine.find_work())
+        return residency_of(self._versions, self._compositions, tiers, work)
 
     def is_loaded(self, name: str) -> bool:
         """Whether ``name`` means a version now."""
@@ -124,9 +128,28 @@ class AdapterRegistry:
             AdapterRejected: the files cannot be applied exactly; what was loaded before stays.
             Overloaded: the adapter is larger than the memory for adapters beside pinned ones.
         """
+        return await self.load_from(name, self._library.fetch(path or name), weight, pinned)
+
+    async def load_from(
+        self,
+        name: str,
+        fetching: AbstractAsyncContextManager[Fetched],
+        weight: int | None = None,
+        pinned: bool | None = None,
+    ) -> Adapter:
+        """``load`` what a library fetches; the rest is as there.
+
+        Args:
+            name: what requests will call it.
+            fetching: is entered for this.
+            weight: as there.
+            pinned: as there.
+        """
         _check_weight(weight)
         self._begin(name)
-        return await asyncio.shield(self._background.run(self._load(name, path, weight, pinned)))
+        return await asyncio.shield(
+            self._background.run(self._load(name, fetching, weight, pinned))
+        )
 
     async def upload(
         self, name: str, upload: Upload, weight: int | None = None, pinned: bool | None = None
@@ -216,13 +239,24 @@ class AdapterRegistry:
             AdapterNotFound: naming what is loaded.
             AdapterConflict: the name is being loaded.
         """
-        self._loaded(name)
-        self._begin(name)
-        freeing = await asyncio.shield(self._background.run(self._unload(name)))
+        freeing = await self.take_away(name)
         freed = Freed()
         for each in await asyncio.shield(asyncio.gather(*freeing)):
             freed = freed.plus(each)
         return freed
+
+    async def take_away(self, name: str) -> list[asyncio.Task[Freed]]:
+        """Take ``name`` away at once; its last request is not waited for.
+
+        Returns:
+            What frees its versions.
+
+        Raises:
+            AdapterNotFound, AdapterConflict: as ``unload``.
+        """
+        self._loaded(name)
+        self._begin(name)
+        return await asyncio.shield(self._background.run(self._unload(name)))
 
     async def follow(self, name: str, record: NameRecord | None) -> None:
         """Load what the source has of ``name``, unless somebody has turned away from that content.
@@ -267,12 +301,16 @@ class AdapterRegistry:
     # What goes on in the background, whatever becomes of the caller
 
     async def _load(
-        self, name: str, path: str | None, weight: int | None, pinned: bool | None
+        self,
+        name: str,
+        fetching: AbstractAsyncContextManager[Fetched],
+        weight: int | None,
+        pinned: bool | None,
     ) -> Adapter:
         try:
             with self._versions.telling(name):
                 check_name(name)
-                async with self._library.fetch(path or name) as fetched:
+                async with fetching as fetched:
                     return await self._bring_in(name, fetched, weight, pinned)
         finally:
             self._loading.discard(name)
@@ -430,5 +468,5 @@ class AdapterRegistry:
 
 
 def _check_weight(weight: int | None) -> None:
-    if weight is not None and not 1 <= weight <= _MAX_WEIGHT:
-        raise InvalidRequest(f"weight must be in [1, {_MAX_WEIGHT}], found {weight}")
+    if weight is not None and not 1 <= weight <= MAX_WEIGHT:
+        raise InvalidRequest(f"weight must be in [1, {MAX_WEIGHT}], found {weight}")

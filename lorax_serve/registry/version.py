@@ -10,7 +10,10 @@ from pathlib import Path
 
 from lorax_serve.core import AdapterInfo
 
-__all__ = ["Adapter", "AdapterState"]
+__all__ = ["MAX_WEIGHT", "Adapter", "AdapterState"]
+
+MAX_WEIGHT = 100
+"""Of an adapter's share of a busy server; the least is 1."""
 
 
 class AdapterState(Enum):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from lorax_serve.core import AdapterInfo, AdapterTier, Freed, Part
+from lorax_serve.core import AdapterInfo, AdapterTier, AdapterWork, Freed, Part
 from lorax_serve.errors import LoraxError
 from lorax_serve.registry.background import Background
 from lorax_serve.registry.events import RegistryListener
@@ -46,6 +46,9 @@ class AdapterEngine(Protocol):
 
     async def find_adapters(self) -> dict[int, AdapterTier]:
         """Where each version is."""
+
+    async def find_work(self) -> AdapterWork:
+        """Which versions have requests."""
 
 
 class Versions:

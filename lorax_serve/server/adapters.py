@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from lorax_serve.errors import InvalidRequest
+from lorax_serve.errors import AdapterConflict, InvalidRequest, LoraxError
 from lorax_serve.pb.lorax.v1 import adapter_pb2 as pb
 from lorax_serve.pb.lorax.v1 import adapter_pb2_grpc
 from lorax_serve.registry.events import AdapterWatchers
@@ -22,16 +23,21 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):  # type: ignore[
 
     Attributes:
         registry: set by the server before it lets calls through.
+        manifest: the file that decides what is served, instead of calls; None: calls do.
+        failures: what should be served and could not be loaded, by name.
         watchers: the calls that watch; a listener of the registry.
     """
 
     registry: AdapterRegistry
 
-    def __init__(self) -> None:
+    def __init__(self, manifest: Path | None = None) -> None:
+        self.manifest = manifest
+        self.failures: Mapping[str, LoraxError] = {}
         self.watchers = AdapterWatchers()
 
     async def LoadAdapter(self, request: Any, context: Any) -> Any:
         """Load or replace; answer with what the name means now."""
+        self._check_by_hand()
         adapter = await self.registry.load(
             request.adapter_id,
             _optional(request, "path"),
@@ -44,6 +50,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):  # type: ignore[
 
     async def UploadAdapter(self, requests: AsyncIterator[Any], context: Any) -> Any:
         """Take the files, and load them as LoadAdapter does."""
+        self._check_by_hand()
         messages = aiter(requests)
         first = await anext(messages, None)
         if first is None or first.WhichOneof("part") != "header":
@@ -61,6 +68,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):  # type: ignore[
 
     async def UpdateAdapter(self, request: Any, context: Any) -> Any:
         """Change the weight or the pin."""
+        self._check_by_hand()
         adapter = await self.registry.update(
             request.adapter_id, _optional(request, "weight"), _optional(request, "pinned")
         )
@@ -73,6 +81,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):  # type: ignore[
 
     async def UnloadAdapter(self, request: Any, context: Any) -> Any:
         """Take the name away, wait for its last request, answer with the bytes freed."""
+        self._check_by_hand()
         freed = await self.registry.unload(request.adapter_id)
         return pb.UnloadAdapterResponse(
             freed_bytes=freed.host + freed.device,
@@ -83,18 +92,20 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):  # type: ignore[
 
     async def RollbackAdapter(self, request: Any, context: Any) -> Any:
         """Make the name mean an earlier version again; answer with that."""
+        self._check_by_hand()
         digest = _optional(request, "digest")
         adapter = await self.registry.roll_back(request.adapter_id, digest)
         return pb.RollbackAdapterResponse(adapter=convert.adapter_message(adapter))
 
     async def ListAdapters(self, request: Any, context: Any) -> Any:
-        """All versions in memory."""
+        """All versions in memory, and what should be there and is not."""
         tiers = await self.registry.tiers()
         return pb.ListAdaptersResponse(
             adapters=[
                 convert.adapter_message(adapter, tiers.get(adapter.key))
                 for adapter in self.registry.adapters()
-            ]
+            ],
+            failed=[convert.failure_message(*each) for each in sorted(self.failures.items())],
         )
 
     async def WatchAdapters(self, request: Any, context: Any) -> None:
@@ -102,6 +113,13 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):  # type: ignore[
         events = self.watchers.watch(self.registry.adapters(), _optional(request, "adapter_id"))
         async for event in events:
             await context.write(convert.event_message(event))
+
+    def _check_by_hand(self) -> None:
+        if self.manifest is not None:
+            raise AdapterConflict(
+                f"this server serves what --manifest {self.manifest} says: change it there, for "
+                "all replicas"
+            )
 
 
 async def _data_of(messages: AsyncIterator[Any]) -> AsyncIterator[bytes]:

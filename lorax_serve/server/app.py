@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,8 +31,11 @@ from lorax_serve.pb.lorax.v1 import (
 )
 from lorax_serve.registry.in_place import InPlace
 from lorax_serve.registry.library import Library
+from lorax_serve.registry.manifest import read_manifest
+from lorax_serve.registry.manifest_reconciler import ManifestReconciler
 from lorax_serve.registry.reconciler import Reconciler
 from lorax_serve.registry.registry import AdapterRegistry
+from lorax_serve.registry.residency import Residency
 from lorax_serve.registry.version import Adapter
 from lorax_serve.server.adapters import AdapterServicer
 from lorax_serve.server.generation import GenerationServicer
@@ -49,6 +54,7 @@ SERVICES = tuple(
 # For the last messages of streams that have ended to reach their clients.
 _LAST_WRITES_SECONDS = 2.0
 _PROGRESS_SECONDS = 5.0
+_SCRAPE_SECONDS = 1.0
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", 4 << 20),
@@ -93,17 +99,19 @@ class Server:
     ) -> None:
         self.port = 0
         self.metrics_port: int | None = None
-        self.metrics = Metrics()
+        self.metrics = Metrics(
+            vllm_names=config.vllm_metric_names, adapter_slots=config.engine.adapter_slots
+        )
         self.refused: dict[str, LoraxError] = {}
         self.failed = asyncio.Event()
         self._config = config
         self._start_engine = start_engine
         self._clock = clock
         self._health = health.aio.HealthServicer()
-        self._guard = Guard(self.metrics.error)
+        self._guard = Guard(self.metrics.error, config.replica_name or socket.gethostname())
         self._grpc = grpc.aio.server(options=_OPTIONS, interceptors=[self._guard])
         self._generation = GenerationServicer()
-        self._adapters = AdapterServicer()
+        self._adapters = AdapterServicer(config.manifest)
         self._ports = contextlib.AsyncExitStack()
         """What listens; closed before all else, which the calls need."""
         self._cleanup = contextlib.AsyncExitStack()
@@ -142,13 +150,16 @@ class Server:
         await self._report_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self) -> None:
-        """Refuse new requests, wait for those that run up to ``drain_seconds``, then stop."""
+        """Refuse new requests, wait for those that run up to ``drain_seconds``, and as long as a
+        proxy needs to notice (``linger_seconds``), then stop."""
         self.metrics.serving(False)
+        closing = asyncio.create_task(asyncio.sleep(self._config.linger_seconds))
         await self._health.enter_graceful_shutdown()
         self._adapters.watchers.close()
         if not await self._generator.drain(self._config.drain_seconds):
             log.warning("requests still ran after %g s", self._config.drain_seconds)
             await self._grpc.stop(None)  # which cancels them
+        await closing
         await self._close()
 
     async def __aenter__(self) -> Server:
@@ -193,6 +204,8 @@ class Server:
         library = self._open_library()
         # What was acknowledged is served without: it may be on a disk that is not mounted.
         kept = library is not None and await library.names()
+        if self._config.manifest is not None and not kept:
+            await asyncio.to_thread(read_manifest, self._config.manifest)
         if root is not None and not root.is_dir() and not kept:
             raise InvalidRequest(f"adapters: no such directory: {root}")
         self._engine = engine = await self._start_engine(self._config.engine)
@@ -210,6 +223,7 @@ class Server:
         self._cleanup.push_async_callback(registry.close)
         self._watch(engine)
         self.metrics.stats = engine.stats
+        self.metrics.residency = _from_a_thread(registry.residency)
         engine.on_step = self.metrics.step
         tokenizer = await asyncio.to_thread(Tokenizer, engine.info.directory)
         self._generator = TextGenerator(engine, registry.admission, tokenizer, self.metrics)
@@ -217,6 +231,8 @@ class Server:
         self._adapters.registry = registry
         if isinstance(files, InPlace):
             self.refused = await _load_all(registry, await files.listing())
+        elif self._config.manifest is not None:
+            await self._follow(registry, files, self._config.manifest)
         else:
             await self._reconcile(registry, files)
 
@@ -226,10 +242,27 @@ class Server:
         reconciler = Reconciler(
             registry, library, from_source=not config.load_on_demand, clock=self._clock
         )
-        self.refused = reconciler.failures
+        self._show_failures(reconciler.failures)
         await reconciler.run_once()
         if config.watch_seconds:
             self._in_background(reconciler.run_for_ever(config.watch_seconds), "reconciler")
+
+    async def _follow(self, registry: AdapterRegistry, library: Library, manifest: Path) -> None:
+        """Serve what a manifest says, and go on seeing to that."""
+        config = self._config
+        reconciler = ManifestReconciler(
+            registry, library, manifest, config.adapters, clock=self._clock
+        )
+        self._cleanup.push_async_callback(reconciler.close)
+        self._show_failures(reconciler.failures)
+        self.metrics.watch_manifest(reconciler)
+        await reconciler.run_once()
+        if config.watch_seconds:
+            self._in_background(reconciler.run_for_ever(config.watch_seconds), "manifest")
+
+    def _show_failures(self, failures: dict[str, LoraxError]) -> None:
+        """Show what becomes of them to all who ask."""
+        self.refused = self._adapters.failures = self.metrics.failures = failures
 
     def _in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Run ``work`` until the server stops."""
@@ -266,6 +299,28 @@ class Server:
     async def _report_health(self, status: int) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
+
+
+def _from_a_thread(ask: Callable[[], Coroutine[Any, Any, Residency]]) -> Callable[[], Residency]:
+    """``ask`` for the thread that answers scrapes. A scrape waits for one step, not for a long one:
+    then the answer is that of the last scrape."""
+    loop, last = asyncio.get_running_loop(), Residency()
+
+    def asked() -> Residency:
+        nonlocal last
+        work = ask()
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, loop)
+        except RuntimeError:  # the loop has ended
+            work.close()
+            return last
+        try:
+            last = future.result(_SCRAPE_SECONDS)
+        except (TimeoutError, LoraxError):
+            future.cancel()
+        return last
+
+    return asked
 
 
 async def _load_all(registry: AdapterRegistry, names: Sequence[str]) -> dict[str, LoraxError]:

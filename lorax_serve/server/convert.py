@@ -17,13 +17,20 @@ from lorax_serve.core import (
     StopParams,
     TokenOutput,
 )
-from lorax_serve.errors import AdapterRejected, InvalidRequest, SourceFailed
+from lorax_serve.errors import AdapterRejected, InvalidRequest, LoraxError, SourceFailed
 from lorax_serve.frontend.text import Tokenizer
 from lorax_serve.pb.lorax.v1 import adapter_pb2, generation_pb2
 from lorax_serve.registry.events import AdapterEvent
 from lorax_serve.registry.version import Adapter, AdapterState
 
-__all__ = ["adapter_message", "event_message", "generate_request", "prompt_of", "token_messages"]
+__all__ = [
+    "adapter_message",
+    "event_message",
+    "failure_message",
+    "generate_request",
+    "prompt_of",
+    "token_messages",
+]
 
 _MAX_NAME = 128
 
@@ -137,10 +144,20 @@ def event_message(event: AdapterEvent) -> Any:
     if event.adapter is not None:
         message.adapter.CopyFrom(adapter_message(event.adapter))
     if event.error is not None:
-        message.message = str(event.error).encode(errors="replace").decode()
-        if isinstance(event.error, AdapterRejected | SourceFailed):
-            message.reason = event.error.reason
+        message.message, message.reason = _told(event.error)
     return message
+
+
+def failure_message(name: str, error: LoraxError) -> Any:
+    """The message of an adapter that could not be loaded."""
+    text, reason = _told(error)
+    return adapter_pb2.FailedAdapter(adapter_id=name, message=text, reason=reason)
+
+
+def _told(error: LoraxError) -> tuple[str, str]:
+    """An error's text, and the class of it if it has one."""
+    reason = error.reason if isinstance(error, AdapterRejected | SourceFailed) else ""
+    return str(error).encode(errors="replace").decode(), reason
 
 
 def _adapter_id(message: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 from lorax_serve import __version__
@@ -12,12 +13,13 @@ from lorax_serve.frontend.generator import TextChunk, TextGenerator, TextStream
 from lorax_serve.pb.lorax.v1 import generation_pb2 as pb
 from lorax_serve.pb.lorax.v1 import generation_pb2_grpc
 from lorax_serve.registry.compositions import Composed
+from lorax_serve.routing import ADAPTER_METADATA, routing_key
 from lorax_serve.server import convert
 
-__all__ = ["ADAPTER_METADATA", "GenerationServicer"]
+__all__ = ["GenerationServicer"]
 
-ADAPTER_METADATA = "lorax-adapter"
-"""Request metadata that repeats ``adapter_id`` for proxies, which route by it unread."""
+# Of a routing key in a message.
+_MOST_SHOWN = 300
 
 _STOP_REASONS = {
     StopReason.NOT_FINISHED: pb.STOP_REASON_UNSPECIFIED,
@@ -90,17 +92,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):  # type
 
     async def _start(self, message: Any, context: Any) -> TextStream:
         request = convert.generate_request(message)
-        for key, value in context.invocation_metadata() or ():
-            if key == ADAPTER_METADATA and request.composition:
-                raise InvalidRequest(
-                    f"adapters is given, so leave out the metadata {ADAPTER_METADATA}, which names "
-                    f"one adapter (found {value[:128]!r})"
-                )
-            if key == ADAPTER_METADATA and value != request.adapter_id:
-                raise InvalidRequest(
-                    f"adapter_id is {request.adapter_id!r}, but the metadata {ADAPTER_METADATA} "
-                    f"is {value[:128]!r}: send the same, or no metadata"
-                )
+        _check_metadata(request, context.invocation_metadata() or ())
         seeded = message.parameters.sampling.HasField("seed")
         return await self.generator.start(request, seeded=seeded)
 
@@ -114,6 +106,22 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):  # type
             "stop_sequence": chunk.stop_sequence,
             "generated_token_count": stream.generated_token_count,
         }
+
+
+def _check_metadata(request: GenerateRequest, metadata: Iterable[tuple[str, str]]) -> None:
+    """Refuse a request that was routed by another adapter than it names."""
+    parts = [part.adapter_id for part in request.composition]
+    named = parts or ([] if request.adapter_id is None else [request.adapter_id])
+    key = routing_key(named)
+    for name, value in metadata:
+        # What a client of other make repeats with its digest was routed well enough.
+        if name != ADAPTER_METADATA or (named and value in (key, request.adapter_id)):
+            continue
+        field = "adapters" if parts else "adapter_id"
+        raise InvalidRequest(
+            f"{field} is {key[:_MOST_SHOWN] or None!r}, but the metadata {ADAPTER_METADATA} is "
+            f"{value[:_MOST_SHOWN]!r}: send the same, or no such metadata"
+        )
 
 
 def _provenance(stream: TextStream) -> dict[str, Any]:

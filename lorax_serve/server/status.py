@@ -24,6 +24,7 @@ from lorax_serve.errors import (
     SourceReason,
     StoreFailed,
 )
+from lorax_serve.routing import REPLICA_METADATA
 from lorax_serve.server.report import report_bytes
 
 __all__ = ["LOAD_REPORT", "REJECT_REASON", "SOURCE_REASON", "Guard", "status_of"]
@@ -84,10 +85,12 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     Args:
         on_error: called with the name of each error status that is sent.
+        replica: this server's name, which every answer carries.
     """
 
-    def __init__(self, on_error: Callable[[str], None]) -> None:
+    def __init__(self, on_error: Callable[[str], None], replica: str) -> None:
         self._on_error = on_error
+        self._trailing = ((REPLICA_METADATA, replica),)
         self._closed: str | None = "the server is starting; try again later"
 
     def open(self) -> None:
@@ -125,6 +128,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self, method: Callable[[Any, Any], Awaitable[Any]], request_of: Callable[[Any], Any]
     ) -> Callable[[Any, Any], Awaitable[Any]]:
         async def call(sent: Any, context: Any) -> Any:
+            context.set_trailing_metadata(self._trailing)
             try:
                 if self._closed is not None:
                     raise Draining(self._closed)
@@ -137,7 +141,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 log.exception("a call failed")
                 code, text, trailing = grpc.StatusCode.INTERNAL, "internal error", ()
             self._on_error(code.name)
-            await context.abort(code, text, trailing)
+            await context.abort(code, text, (*self._trailing, *trailing))
 
         return call
 

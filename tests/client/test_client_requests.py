@@ -24,7 +24,7 @@ from lorax_serve.errors import (
 )
 from lorax_serve.pb.lorax.v1 import generation_pb2 as pb
 from lorax_serve.pb.lorax.v1 import generation_pb2_grpc
-from lorax_serve.server import generation, status
+from lorax_serve.server import status
 from lorax_serve.server.app import SERVICES
 
 
@@ -93,8 +93,13 @@ def test_adapters_that_cannot_be_sent(adapters: Any, message: str) -> None:
 
 
 def test_metadata_is_sent_where_it_can_be() -> None:
-    assert metadata("poet") == ((generation.ADAPTER_METADATA, "poet"),)
-    assert metadata(None) == metadata("ü") == metadata("a\nb") == metadata({"poet": 1}) == ()
+    assert metadata("poet") == metadata("poet@" + 12 * "a") == (("lorax-adapter", "poet"),)
+    # The order and the scales say nothing of where the parts are.
+    both = (("lorax-adapter", "pilot+poet"),)
+    assert (
+        metadata({"poet": 1, "pilot@" + 64 * "b": -1}) == metadata({"pilot": 2, "poet": 1}) == both
+    )
+    assert metadata(None) == metadata("ü") == metadata("a\nb") == metadata({"ü": 1}) == ()
 
 
 @pytest.mark.parametrize("retries", [-1, 5])
@@ -183,8 +188,11 @@ async def test_a_stream_that_has_begun_is_not_tried_again(flaky: Flaky) -> None:
 class FailedCall:
     """What gRPC raises, as far as ``error_of`` looks at it."""
 
-    def __init__(self, error: LoraxError) -> None:
-        self._parts = status.status_of(error)
+    def __init__(
+        self, error: LoraxError, trailing: tuple[tuple[str, str | bytes], ...] = ()
+    ) -> None:
+        code, message, own = status.status_of(error)
+        self._parts = code, message, (*own, *trailing)
 
     def code(self) -> grpc.StatusCode:
         return self._parts[0]
@@ -201,6 +209,14 @@ def test_failed_sources_keep_their_reason(reason: SourceReason) -> None:
     error = failures.error_of(FailedCall(SourceFailed(reason, "hf://org/one: no")), "here")
     assert isinstance(error, SourceFailed)
     assert (error.reason, str(error)) == (reason, "hf://org/one: no")
+
+
+def test_a_stream_that_a_proxy_has_reset_is_unavailable() -> None:
+    reset = EngineFailed("Received RST_STREAM with error code 2")
+    assert isinstance(failures.error_of(FailedCall(reset), "here"), Unavailable)
+    # What a server says itself is what it says.
+    ours = FailedCall(reset, (("lorax-replica", "replica-0"),))
+    assert isinstance(failures.error_of(ours, "here"), EngineFailed)
 
 
 async def test_statuses_without_an_error_of_ours_keep_their_name(flaky: Flaky) -> None:

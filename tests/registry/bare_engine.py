@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorax_serve.core import AdapterInfo, AdapterTier, Freed, Part
+from lorax_serve.core import AdapterInfo, AdapterTier, AdapterWork, Freed, Part
 from lorax_serve.report import LoadReport
 
 __all__ = ["BareEngine"]
@@ -38,3 +38,6 @@ class BareEngine:
 
     async def find_adapters(self) -> dict[int, AdapterTier]:
         return {}
+
+    async def find_work(self) -> AdapterWork:
+        return AdapterWork()

@@ -10,6 +10,7 @@ from pathlib import Path
 from lorax_serve.core import (
     AdapterInfo,
     AdapterTier,
+    AdapterWork,
     EngineStats,
     Freed,
     ModelInfo,
@@ -132,6 +133,10 @@ class FakeEngine(AsyncEngine):
 
     async def find_adapters(self) -> dict[int, AdapterTier]:
         return dict.fromkeys(range(1, 1000), AdapterTier.HOST)
+
+    async def find_work(self) -> AdapterWork:
+        with_adapters = (each.command.adapter for each in self._requests.values())
+        return AdapterWork(frozenset(each for each in with_adapters if each is not None))
 
     async def check_integrity(self) -> tuple[str, ...]:
         return ()

@@ -187,6 +187,22 @@ async def test_draining_finishes_what_runs_and_takes_nothing_new(harness: Harnes
     await stopping
 
 
+async def test_a_server_that_stops_refuses_calls_until_proxies_have_noticed(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    async with serving(tokenizer_dir, tmp_path, linger_seconds=0.3) as harness:
+        began = asyncio.get_running_loop().time()
+        stopping = asyncio.create_task(harness.server.stop())
+        await asyncio.sleep(0.2)
+        assert await health_of(harness.channel) == {NOT_SERVING}
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await harness.generation.Generate(text_request(max_new_tokens=1))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "lorax-replica" in dict(caught.value.trailing_metadata() or ())
+        await stopping
+        assert asyncio.get_running_loop().time() - began >= 0.3
+
+
 async def test_draining_ends_in_time(tokenizer_dir: Path, tmp_path: Path) -> None:
     async with serving(tokenizer_dir, tmp_path, drain_seconds=0.1) as harness:
         harness.engine.paused = True

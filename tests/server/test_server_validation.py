@@ -125,18 +125,38 @@ async def test_the_metadata_must_name_the_same_adapter(
         assert "but the metadata lorax-adapter is" in (error.details() or "")
 
 
-async def test_the_metadata_names_one_adapter_only(harness: Harness) -> None:
-    harness.write_adapter("poet")
-    await harness.client.load_adapter("poet")
+async def test_the_metadata_of_a_composition_names_its_parts(harness: Harness) -> None:
     request = text_request(max_new_tokens=1)
-    request.adapters.append(pb.AdapterScale(adapter_id="poet"))
-    for value in ("poet", ""):
+    for name in ("poet", "pilot"):
+        harness.write_adapter(name, name)
+        await harness.client.load_adapter(name)
+        request.adapters.append(pb.AdapterScale(adapter_id=name))
+    for value in ("poet", "", "poet+pilot"):
         error = await refusal(
             harness.generation.Generate(request, metadata=[("lorax-adapter", value)])
         )
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert "adapters is given, so leave out the metadata lorax-adapter" in str(error.details())
-    assert (await harness.generation.Generate(request)).adapters[0].scale == 1
+        assert f"adapters is 'pilot+poet', but the metadata lorax-adapter is {value!r}" in str(
+            error.details()
+        )
+    metadata = [("lorax-adapter", "pilot+poet")]
+    answer = await harness.generation.Generate(request, metadata=metadata)
+    assert [part.scale for part in answer.adapters] == [1, 1]
+
+
+async def test_the_metadata_names_no_version(harness: Harness) -> None:
+    harness.write_adapter("poet")
+    adapter = await harness.client.load_adapter("poet")
+    request = text_request(max_new_tokens=1)
+    request.adapter_id = f"poet@{adapter.digest}"
+    for value in ("poet", request.adapter_id):
+        await harness.generation.Generate(request, metadata=[("lorax-adapter", value)])
+    other = [("lorax-adapter", f"poet@{'0' * 64}")]
+    error = await refusal(harness.generation.Generate(request, metadata=other))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    # Our clients send what the server expects.
+    name = request.adapter_id
+    assert (await harness.client.generate("one", adapter=name, max_new_tokens=1)).adapter == "poet"
 
 
 async def test_eight_adapters_and_the_largest_scales_are_allowed(harness: Harness) -> None:

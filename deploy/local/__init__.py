@@ -1,0 +1,1 @@
+"""Three real replicas behind the gateway on one machine, and proofs of what they promise."""

@@ -1,0 +1,111 @@
+"""What a manifest says, and what is told of one that cannot be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorax_serve.errors import InvalidRequest
+from lorax_serve.registry.manifest import Entry, read_manifest
+
+DIGEST = "0123456789abcdef" * 4
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "adapters.yaml"
+
+
+def test_entries(file: Path) -> None:
+    file.write_text(
+        f"""
+adapters:
+  - name: poet
+    source: s3://bucket/prefix/poet
+    digest: sha256:{DIGEST}
+    weight: 2
+    pinned: true
+  - {{name: pilot, source: pilot}}
+"""
+    )
+    assert read_manifest(file) == (
+        {
+            "poet": Entry("poet", "s3://bucket/prefix/poet", DIGEST, 2, True),
+            "pilot": Entry("pilot", "pilot"),
+        },
+        {},
+        True,
+    )
+    file.write_text("adapters: []")
+    assert read_manifest(file).names == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must have the key adapters"),
+        ("[]", "must have the key adapters"),
+        ("adapter: []", "must have the key adapters"),
+        ("adapters: []\nmodels: []", "unknown key 'models'"),
+        ("adapters: {poet: s3://b}", "adapters must be a list .* not a mapping"),
+        ("adapters:", "adapters must be a list .* not nothing"),
+        ("adapters: []\nadapters: []", "line 2: adapters is there twice"),
+        ("adapters: [{name: a, name: b}]", "line 1: name is there twice"),
+        ("adapters: [", "line 1: not valid YAML"),
+        ("adapters: [\x07]", "not valid YAML"),
+        ("adapters: &a [*a]", "not valid YAML: RecursionError"),
+        ("adapters: !!python/object:os.system []", "not valid YAML"),
+        ("# " + "x" * (4 << 20), "more than 4194304 bytes"),
+    ],
+)
+def test_files_that_cannot_be_read(file: Path, text: str, message: str) -> None:
+    file.write_text(text)
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        read_manifest(file)
+    assert str(file) in str(caught.value)
+
+
+def test_no_file(file: Path) -> None:
+    with pytest.raises(InvalidRequest, match="cannot be read: No such file"):
+        read_manifest(file)
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "message"),
+    [
+        ("poet", None, "must have the keys name and source, not be a text"),
+        ("{source: poet}", None, "name is missing"),
+        ("{name: 7, source: poet}", None, "name must be text, found a value of type int"),
+        ("{name: po/et, source: poet}", None, "name 'po/et' is not valid"),
+        ("{name: poet}", "poet", "source is missing"),
+        ("{name: poet, source: [a]}", "poet", "source must be text, found a list"),
+        ("{name: poet, source: ''}", "poet", "source must be text"),
+        ("{name: poet, source: poet, wieght: 2}", "poet", "unknown key 'wieght'; there are name"),
+        ("{name: poet, source: poet, weight: 0}", "poet", r"weight must be .* \[1, 100\], found 0"),
+        ("{name: poet, source: poet, weight: true}", "poet", "weight must be a whole number"),
+        ("{name: poet, source: poet, weight: 1.5}", "poet", "found 1.5"),
+        ("{name: poet, source: poet, pinned: 1}", "poet", "pinned must be true or false"),
+        ("{name: poet, source: poet, digest: md5:1}", "poet", "digest must be sha256:"),
+    ],
+)
+def test_one_broken_entry_is_told_of_and_the_others_count(
+    file: Path, entry: str, name: str | None, message: str
+) -> None:
+    file.write_text(f"adapters:\n- {{name: pilot, source: pilot}}\n- {entry}\n")
+    found = read_manifest(file)
+    assert found.entries == {"pilot": Entry("pilot", "pilot")}
+    ((key, error),) = found.broken.items()
+    assert key == (name or "adapters[1]")
+    assert found.all_named == (name is not None)
+    with pytest.raises(InvalidRequest, match=message):
+        raise error
+    assert f"manifest {file}: adapters[1]" in str(error)
+
+
+def test_a_name_that_is_there_twice_is_neither(file: Path) -> None:
+    file.write_text("adapters: [{name: a, source: a}, {name: b, source: b}, {name: a, source: c}]")
+    found = read_manifest(file)
+    assert found.entries.keys() == {"b"}
+    assert "is there twice" in str(found.broken["a"])
+    assert found.all_named
