@@ -115,12 +115,13 @@ class Cluster:
         )
         self._router.join(number)
         if self._router.wants_reports:
-            self._at(now + rng.random() * self._report_seconds, lambda now: self._report(number, now))
+            first = now + rng.random() * self._report_seconds
+            self._at(first, functools.partial(self._report, number))
 
     def _report(self, number: int, now: float) -> None:
         if number in self._router.in_flight:
             self._router.report(number, self.replicas[number].store.tiers())
-            self._at(now + self._report_seconds, lambda now: self._report(number, now))
+            self._at(now + self._report_seconds, functools.partial(self._report, number))
 
     def _change(self, change: Change, now: float) -> None:
         number = change.replica

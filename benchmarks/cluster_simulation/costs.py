@@ -68,10 +68,12 @@ class Costs:
     """Seconds of a replica's work.
 
     Attributes:
-        step: of each step; ``decode``, ``prompt_token``, ``adapter`` and ``put``: for each of these.
+        step: of each step.
+        decode, prompt_token, adapter, put: for each of these.
         beside_load: that a step takes longer for each second that an adapter is read beside it.
         noise: quantiles of a step's time over what the above say, mean 1.
         loads: quantiles of the seconds in which an adapter is read, checked and folded.
+        wakes: quantiles of the seconds from a message's coming until an idle engine takes it.
     """
 
     step: float
@@ -82,6 +84,7 @@ class Costs:
     beside_load: float
     noise: tuple[float, ...]
     loads: tuple[float, ...]
+    wakes: tuple[float, ...] = (0.0,)
 
     def seconds(self, decodes: int, prompt_tokens: int, adapters: int, puts: int) -> float:
         """Of a step, in the mean."""
@@ -106,6 +109,10 @@ class Costs:
         """Seconds of one load."""
         return rng.choice(self.loads)
 
+    def wake(self, rng: random.Random) -> float:
+        """Seconds until an idle engine takes a message."""
+        return rng.choice(self.wakes)
+
     def as_json(self) -> dict[str, Any]:
         """Plain data, to five digits."""
 
@@ -119,16 +126,22 @@ class Costs:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Costs:
         """Of ``as_json``."""
-        lists = {name: tuple(fields[name]) for name in ("noise", "loads")}
+        lists = {name: tuple(fields[name]) for name in ("noise", "loads", "wakes")}
         return cls(**(fields | lists))
 
 
-def fit(steps: Sequence[Step], loads: Sequence[Loaded], pace: Pace = STEADY) -> Costs:
+def fit(
+    steps: Sequence[Step],
+    loads: Sequence[Loaded],
+    wakes: Sequence[float] = (0.0,),
+    pace: Pace = STEADY,
+) -> Costs:
     """Costs that explain the steps, by least squares; none is negative.
 
     Args:
         steps: at least a few of each kind; those beside loads are not needed.
         loads: each load.
+        wakes: seconds of each time that an idle engine was woken.
         pace: the machine's, which is taken out of both.
 
     Raises:
@@ -141,12 +154,17 @@ def fit(steps: Sequence[Step], loads: Sequence[Loaded], pace: Pace = STEADY) -> 
     ratios = np.quantile(seconds / (rows @ found), np.linspace(0, 1, _QUANTILES))
     ratios /= ratios.mean()
     reading = [load.seconds / pace.at(load.at) for load in loads]
-    places = np.linspace(0, 1, min(_QUANTILES, len(loads)))
     return Costs(
         *map(float, found),
         noise=tuple(map(float, ratios)),
-        loads=tuple(map(float, np.quantile(reading, places))),
+        loads=_quantiles(reading),
+        wakes=_quantiles(wakes or (0.0,)),
     )
+
+
+def _quantiles(values: Sequence[float]) -> tuple[float, ...]:
+    places = np.linspace(0, 1, min(_QUANTILES, len(values)))
+    return tuple(map(float, np.quantile(values, places)))
 
 
 def pace_of(steps: Sequence[Step], window: float) -> Pace:

@@ -33,7 +33,7 @@ class Work(NamedTuple):
 
     steps: list[Step]
     loads: list[Loaded]
-    puts: int
+    wakes: list[float]
 
 
 class RealReplicas:
@@ -59,7 +59,8 @@ class RealReplicas:
             there.close()
             self._links.append(here)
             self._processes.append(process)
-        self.vocab_size, self.adapter_bytes = [link.recv() for link in self._links][0]
+        ready = [link.recv() for link in self._links]
+        self.vocab_size, self.adapter_bytes = ready[0]
 
     def reset(self) -> None:
         """Forget all adapters and load them again in their order."""
@@ -70,6 +71,9 @@ class RealReplicas:
 
     def run(self, router: Router, jobs: Sequence[Job], seed: int) -> Work:
         """Send each job when it arrives; fills in what became of it.
+
+        A job's ``arrival`` is set to when its replica had it: how late this process was to send it
+        on a busy machine is no part of what is measured.
 
         Args:
             router: knows no replicas yet.
@@ -92,18 +96,19 @@ class RealReplicas:
                 continue
             for link in wait(self._links, left):
                 assert isinstance(link, Connection)
-                number, tier, first, end = link.recv()
+                number, tier, came, first, end = link.recv()
                 done = open_jobs.pop(number)
                 router.ended(by_link[id(link)])
-                done.tier, done.first, done.end = tier, first - started, end - started
+                done.arrival, done.first, done.end = came - started, first - started, end - started
+                done.tier = tier
                 done.fate = "done"
-        found = Work([], [], 0)
+        found = Work([], [], [])
         for link in self._links:
             link.send("collect")
-            steps, loads, puts = link.recv()
+            steps, loads, wakes = link.recv()
             steps = [step._replace(at=step.at - started) for step in steps]
             loads = [load._replace(at=load.at - started) for load in loads]
-            found = Work(found.steps + steps, found.loads + loads, found.puts + puts)
+            found = Work(found.steps + steps, found.loads + loads, found.wakes + wakes)
         return found
 
     def close(self) -> None:
@@ -149,8 +154,8 @@ class _Server:
         self._loads: list[tuple[float, float]] = []
         self._steps: list[Step] = []
         self._calls = itertools.count(1)
-        self._puts = 0
-        self._tiers: dict[int, Any] = {}
+        self._wakes: list[float] = []
+        self._ended = 0.0
         self._running: dict[int, list[Any]] = {}
         runner = Recording(config)
         runner.warm_up()
@@ -194,7 +199,14 @@ class _Server:
         threading.Thread(target=self._receive, daemon=True).start()
         engine = self._engine
         while True:
-            messages = [] if engine.busy else [self._inbox.get()]
+            busy = engine.busy
+            # What comes between two steps is a part of the second.
+            started = self._ended if busy else 0.0
+            messages = [] if busy else [self._inbox.get()]
+            if not busy:
+                started = time.perf_counter()
+                if isinstance(messages[0], tuple):
+                    self._wakes.append(started - messages[0][-1])
             while not self._inbox.empty():
                 messages.append(self._inbox.get())
             for message in messages:
@@ -210,16 +222,20 @@ class _Server:
                 else:
                     engine.handle(message)
             if engine.busy:
-                self._step()
+                self._step(started)
 
     def _receive(self) -> None:
         # While a reset waits for loads, nothing else comes: the gateway waits for its answer.
         message: Any = None
         while message != "stop":
             message = self._link.recv()
+            if isinstance(message, tuple):
+                message = (*message, time.perf_counter())
             self._inbox.put(message)
 
-    def _submit(self, number: int, adapter: int, prompt: int, new: int, seed: int) -> None:
+    def _submit(
+        self, number: int, adapter: int, prompt: int, new: int, seed: int, came: float
+    ) -> None:
         import random
 
         from lorax_serve.core import SamplingParams
@@ -230,24 +246,22 @@ class _Server:
         found = engine.take_report()
         self._take(found.tokens, time.perf_counter())
         tier = found.replies[-1].value[adapter].value  # type: ignore[index]
-        self._running[number] = [tier, None, None]
+        self._running[number] = [tier, came, None]
         rng = random.Random(f"{seed} {number}")
         tokens = tuple(rng.randrange(_FIRST_TOKEN, self._vocab_size) for _ in range(prompt))
         sampling = SamplingParams(temperature=0.0)
         engine.handle(Submit(number, tokens, adapter, sampling, new, 0, frozenset()))
 
-    def _step(self) -> None:
-        started = time.perf_counter()
+    def _step(self, started: float) -> None:
         self._engine.step()
         report = self._engine.take_report()
-        now = time.perf_counter()
+        now = self._ended = time.perf_counter()
         self._take(report.tokens, now)
         for batch in self._batches:
             prompt_tokens = sum(length for _, length in batch.prefills)
             # A sequence that has ended in this step holds no slot any more, but its adapter.
             adapters = len({s.adapter for s in batch.sequences} - {None})
             puts = len(batch.loads)
-            self._puts += puts
             took = now - started
             step = Step(len(batch.decodes), prompt_tokens, adapters, puts, 0.0, took, started)
             self._steps.append(step)
@@ -260,20 +274,20 @@ class _Server:
             if token.token_id is None:
                 raise RuntimeError(token.error)
             seen = self._running[token.request_id]
-            seen[1] = seen[1] or now
+            seen[2] = seen[2] or now
             if token.stop_reason is not StopReason.NOT_FINISHED:
-                self._link.send((token.request_id, seen[0], seen[1], now))
+                self._link.send((token.request_id, *seen, now))
                 del self._running[token.request_id]
 
-    def _collect(self) -> tuple[list[Step], list[Loaded], int]:
+    def _collect(self) -> tuple[list[Step], list[Loaded], list[float]]:
         steps = []
         for step in self._steps:
             start, end = step.at, step.at + step.seconds
             beside = sum(max(0.0, min(end, b) - max(start, a)) for a, b in self._loads)
             steps.append(step._replace(beside_load=beside))
-        return steps, [Loaded(b - a, a) for a, b in self._loads], self._puts
+        return steps, [Loaded(b - a, a) for a, b in self._loads], list(self._wakes)
 
     def _forget(self) -> None:
         self._steps.clear()
         self._loads.clear()
-        self._puts = 0
+        self._wakes.clear()

@@ -11,7 +11,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from benchmarks.cluster_simulation.costs import STEADY, Costs, Pace
@@ -132,7 +132,7 @@ class Replica:
         limits: its settings.
         costs: what its work takes.
         rng: for noise.
-        at: ``at(seconds, call)``: have ``call(seconds)`` called then. Calls after ``die`` do nothing.
+        at: ``at(seconds, call)`` has ``call(seconds)`` called then; no more after ``die``.
         over: called with each job whose ``fate`` is known.
         jump: pass over steps that are all the same at once; the same results but for noise.
         pace: the machine's.
@@ -200,6 +200,21 @@ class Replica:
     def know(self, adapter: int) -> None:
         """Load an adapter before the start, at no time."""
         self._store.add(self._finished(adapter))
+
+    def have(self, adapter: int) -> None:
+        """Leave an adapter where a request for it would have left it: in memory, last to go."""
+        if adapter in self._store and adapter not in self._host:
+            self._store.drop(adapter, self._slots.drop(adapter))
+        if adapter not in self._store:
+            self._store.add(self._finished(adapter))
+        self._host.use(adapter)
+        self._slots.pin(adapter)
+        self._slots.unpin(adapter)
+
+    @property
+    def disk(self) -> int:
+        """Adapters that it has on disk."""
+        return self._host.known
 
     def submit(self, job: Job, now: float) -> None:
         """Take a request."""
@@ -301,12 +316,17 @@ class Replica:
         self._inbox.append(message)
         flight = self._flight
         if flight is None:
-            self._run(now)
+            if len(self._inbox) == 1:
+                self._later(now + self._costs.wake(self._rng), self._wake)
         elif flight.steps > 1:
             begun = int((now - flight.start) / flight.each) + 1
             if begun < flight.steps:
                 flight.steps = begun
                 self._later(flight.end, lambda now: self._land(flight, now))
+
+    def _wake(self, now: float) -> None:
+        if self._flight is None:
+            self._run(now)
 
     def _run(self, now: float) -> None:
         """Take the messages, and begin the next step if there is one."""
@@ -323,7 +343,7 @@ class Replica:
         store.read_ahead(scheduler.waiting_adapters)
         if not batch:
             if not store.reading:  # the engine would try again at once
-                self._later(now + _RETRY_SECONDS, lambda now: self._flight or self._run(now))
+                self._later(now + _RETRY_SECONDS, self._wake)
             return
         self._flight = flight = self._begin(batch, now)
         self._later(flight.end, lambda now: self._land(flight, now))
@@ -334,9 +354,11 @@ class Replica:
         adapters = len({s.adapter for s in batch.sequences} - {None})
         seconds = costs.seconds(len(batch.decodes), prompt_tokens, adapters, len(batch.loads))
         steps = 1
-        everybody = len(batch.decodes) == scheduler.running
-        full = scheduler.running == self._limits.max_batch_size and not self._loading.now
-        if self._jump and everybody and not batch.loads and (full or not scheduler.waiting):
+        # One with a single token of its prompt left decodes too, but its next token is its first.
+        everybody = len(batch.decodes) == scheduler.running and all(
+            sequence.generated for sequence in batch.decodes
+        )
+        if self._jump and everybody and not batch.loads and not scheduler.waiting:
             steps = min(s.prompt_length + s.max_new_tokens - len(s.tokens) for s in batch.decodes)
         seconds *= costs.factor(self._rng, steps) * self._pace.at(now)
         if self._loading.now is not None:

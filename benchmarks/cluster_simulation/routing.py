@@ -14,7 +14,7 @@ from lorax_serve.core import AdapterTier
 __all__ = ["POLICIES", "Residency", "RingHash", "RoundRobin", "Router"]
 
 BALANCE_FACTOR = 150
-"""Envoy's ``hash_balance_factor``: a replica takes up to 1.5 times the mean of requests in flight."""
+"""Envoy's ``hash_balance_factor``: at most 1.5 times the mean of requests in flight."""
 
 
 class Router:
@@ -165,7 +165,8 @@ class Residency(RingHash):
         """See ``Router``."""
         where, bound, in_flight = self._where.get(adapter, {}), self.bound(), self.in_flight
         for tier in (AdapterTier.DEVICE, AdapterTier.HOST):
-            found = [r for r, t in where.items() if t is tier and in_flight.get(r, bound + 1) <= bound]
+            having = [replica for replica, at in where.items() if at is tier]
+            found = [r for r in having if in_flight.get(r, bound + 1) <= bound]
             if found:
                 return min(found, key=lambda replica: (in_flight[replica], replica))
         return super().choose(adapter)

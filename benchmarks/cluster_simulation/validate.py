@@ -1,20 +1,23 @@
 """Three real replicas against the simulation, under the same arrivals.
 
 Each replica is the server's engine in a process of its own, with one thread, few slots and host
-memory for few of its adapters, so that loads happen. They share the machine with each other and with
-whatever else runs on it: what that costs is not for the simulation to foretell. So in each run the
-costs of steps and loads are fitted to that run's own steps, together with the machine's pace in each
-window of a few seconds. What the simulation must then find by itself is the rest: where each request
-finds its adapter, how many are loaded, how long requests wait, TTFT, throughput.
+memory for few of its adapters, so that loads happen. They share the machine with each other and
+with whatever else runs on it: what that costs is not for the simulation to foretell. So in each run
+the costs of steps and loads are fitted to that run's own, together with the machine's pace in each
+window of a few seconds. What the simulation must then find by itself is the rest: where requests
+find their adapters, how many are loaded, how long requests wait, TTFT, throughput.
 
-Rounds in turns, each after the adapters were dropped and loaded again; figures of all rounds together.
+Rounds in turns, each after the adapters were dropped and loaded again; figures are of all rounds
+together.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.adapters import random_adapters
 from benchmarks.cluster_simulation.cluster import Cluster
@@ -25,14 +28,22 @@ from benchmarks.cluster_simulation.replica import Job, Limits
 from benchmarks.cluster_simulation.routing import POLICIES
 from benchmarks.cluster_simulation.workload import jobs
 from benchmarks.command import Result, parser, publish
-from benchmarks.measure import digits, percentile
+from benchmarks.measure import digits
 from benchmarks.plot import Chart
 from lorax_serve.config import EngineConfig
 
 RANK = 16
 ROUTERS = ("round_robin", "ring_hash")
 LENGTH = 256
+GIVEN = ("number", "arrival", "adapter", "prompt_tokens", "new_tokens")
 JUDGED = ("adapter_loads", "hit_rate", "ttft_ms_p50", "ttft_ms_p99", "output_tokens_per_second")
+
+
+class Sample(NamedTuple):
+    """The jobs of a run, and how many adapters were loaded in it."""
+
+    jobs: list[Job]
+    loads: int
 
 
 def measure(options: argparse.Namespace) -> Result:
@@ -58,44 +69,26 @@ def measure(options: argparse.Namespace) -> Result:
 
 def compare(options: argparse.Namespace, config: EngineConfig, replicas: RealReplicas) -> Result:
     """Rounds of real runs, each simulated."""
-    real: dict[str, list[dict[str, float]]] = {name: [] for name in ROUTERS}
-    simulated: dict[str, list[dict[str, float]]] = {name: [] for name in ROUTERS}
+    real: dict[str, list[Sample]] = {name: [] for name in ROUTERS}
+    simulated: dict[str, list[Sample]] = {name: [] for name in ROUTERS}
     costs = []
     for number in range(options.repeats):
         for name in ROUTERS[:: 1 if number % 2 else -1]:
-            work = [
-                jobs(
-                    int(options.rate * options.seconds),
-                    options.rate,
-                    options.adapters,
-                    exponent=options.exponent,
-                    prompt_tokens=(16, 48),
-                    new_tokens=(8, 24),
-                    seed=options.seed + number,
-                )
-                for _ in range(2)
-            ]
+            work = arrivals(options, number)
             replicas.reset()
-            did = replicas.run(POLICIES[name](), work[0], options.seed + number)
-            real[name].append(_figures(work[0], len(did.loads)))
+            did = replicas.run(POLICIES[name](), work, options.seed + number)
+            real[name].append(Sample(work, len(did.loads)))
             pace = pace_of(did.steps, options.window)
-            found = fit(did.steps, did.loads, pace)
+            found = fit(did.steps, did.loads, did.wakes, pace)
             costs.append(found.as_json() | {"pace": [digits(f) for f in pace.factors]})
-            cluster = Cluster(
-                POLICIES[name](),
-                limits_of(config, replicas.adapter_bytes),
-                found,
-                options.replicas,
-                seed=options.seed + number,
-                pace=pace,
-            )
-            for replica in cluster.replicas.values():
-                for adapter in range(options.adapters):
-                    replica.know(adapter)
-            cluster.run(work[1])
-            loads = sum(replica.read for replica in cluster.replicas.values())
-            simulated[name].append(_figures(work[1], loads))
-            _busy(did, options)
+            limits = limits_of(config, replicas.adapter_bytes)
+            for draw in range(options.draws):
+                seed = 1000 * (options.seed + number) + draw
+                cluster = Cluster(
+                    POLICIES[name](), limits, found, options.replicas, seed=seed, pace=pace
+                )
+                simulated[name].append(simulate(cluster, again(work), options))
+            print(f"{name}: {_busy(did, options):.0%} busy", file=sys.stderr, flush=True)
     cases = {
         name: {"real": _pooled(real[name]), "simulated": _pooled(simulated[name])}
         for name in ROUTERS
@@ -109,15 +102,22 @@ def compare(options: argparse.Namespace, config: EngineConfig, replicas: RealRep
     }
     worst = max(abs(error) for some in errors.values() for error in some.values())
     return Result(
-        headline={"worst_error": worst, "within": options.within, "believed": worst <= options.within},
+        headline={
+            "worst_error": worst,
+            "within": options.within,
+            "believed": worst <= options.within,
+        },
         details={
             "errors": errors,
             "figures": cases,
-            "rounds": {"real": real, "simulated": simulated},
+            "rounds": {
+                kind: {name: [_pooled([each]) for each in some[name]] for name in ROUTERS}
+                for kind, some in (("real", real), ("simulated", simulated))
+            },
             "costs": costs,
         },
         chart=Chart(
-            f"{options.replicas} replicas, {options.adapters} adapters, {options.resident} in memory",
+            f"{options.replicas} replicas, {options.resident} of {options.adapters} adapters each",
             "TTFT, ms",
             {
                 f"{name.replace('_', ' ')}, {figure[-3:]}": {
@@ -128,6 +128,34 @@ def compare(options: argparse.Namespace, config: EngineConfig, replicas: RealRep
             },
         ),
     )
+
+
+def arrivals(options: argparse.Namespace, number: int) -> list[Job]:
+    """The jobs of a round."""
+    return jobs(
+        int(options.rate * options.seconds),
+        options.rate,
+        options.adapters,
+        exponent=options.exponent,
+        prompt_tokens=(16, 48),
+        new_tokens=(8, 24),
+        seed=options.seed + number,
+    )
+
+
+def again(work: list[Job]) -> list[Job]:
+    """The same jobs as they came to their replicas."""
+    came = sorted(work, key=lambda job: job.arrival)
+    return [Job(*(getattr(job, name) for name in GIVEN)) for job in came]
+
+
+def simulate(cluster: Cluster, work: list[Job], options: argparse.Namespace) -> Sample:
+    """A run that begins as a real one does: with all adapters loaded in their order."""
+    for replica in cluster.replicas.values():
+        for adapter in range(options.adapters):
+            replica.know(adapter)
+    cluster.run(work)
+    return Sample(work, sum(replica.read for replica in cluster.replicas.values()))
 
 
 def limits_of(config: EngineConfig, adapter_bytes: int, fetch_seconds: float = 0.0) -> Limits:
@@ -162,17 +190,17 @@ def adapter_size(model: Path) -> int:
 
 
 def save_model(directory: Path) -> None:
-    """A Llama of 15 M random parameters: steps of milliseconds, so that minutes hold thousands."""
+    """A Llama of 4 M random parameters: steps of milliseconds, so that minutes hold thousands."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=6,
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=LENGTH,
@@ -181,20 +209,20 @@ def save_model(directory: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(directory)
 
 
-def _figures(work: list[Job], loads: int) -> dict[str, float]:
-    found = of_jobs(work)
-    hits = digits(found["found_device"] + found["found_host"])
-    return {"adapter_loads": loads, "hit_rate": hits, **found}
+def _pooled(samples: list[Sample]) -> dict[str, float]:
+    """Of all jobs of several runs; loads and throughput of one in the mean."""
+    found = of_jobs([job for sample in samples for job in sample.jobs])
+    rates = [of_jobs(sample.jobs)["output_tokens_per_second"] for sample in samples]
+    return {
+        "adapter_loads": digits(sum(sample.loads for sample in samples) / len(samples)),
+        "hit_rate": digits(found["found_device"] + found["found_host"]),
+        **found,
+        "output_tokens_per_second": digits(sum(rates) / len(rates)),
+    }
 
 
-def _pooled(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """The median of the rounds."""
-    return {name: percentile([each[name] for each in rounds], 50) for name in rounds[0]}
-
-
-def _busy(did: Work, options: argparse.Namespace) -> None:
-    share = sum(step.seconds for step in did.steps) / options.seconds / options.replicas
-    print(f"{share:.0%} busy, {len(did.steps)} steps, {len(did.loads)} loads", flush=True)
+def _busy(did: Work, options: argparse.Namespace) -> float:
+    return sum(step.seconds for step in did.steps) / options.seconds / int(options.replicas)
 
 
 if __name__ == "__main__":
@@ -207,6 +235,7 @@ if __name__ == "__main__":
     flags.add_argument("--rate", type=float, default=20.0, help="requests a second, of all")
     flags.add_argument("--seconds", type=float, default=30.0, help="of each run")
     flags.add_argument("--window", type=float, default=2.0, help="seconds of one pace")
+    flags.add_argument("--draws", type=int, default=5, help="simulations of each run")
     flags.add_argument("--within", type=float, default=0.15)
     given = flags.parse_args()
     publish("cluster_validation", given, measure(given))

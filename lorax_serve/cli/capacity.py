@@ -168,8 +168,8 @@ def plan(
     if not fit_host or not fit_device:
         where, room = ("device", device_room) if not fit_device else ("host", host_room)
         raise InvalidRequest(
-            f"{where} memory has {room:,} bytes left for adapters, and one takes {one:,}: take more "
-            "memory, a smaller rank or fewer targets"
+            f"{where} memory has {room:,} bytes left for adapters, and one takes {one:,}: take "
+            "more memory, a smaller rank or fewer targets"
         )
     usable = min(fit_device, demand.adapters)
     slots = slots or min(usable, max(EngineConfig().adapter_slots, at_once))
@@ -297,8 +297,8 @@ def _notes(
         )
     else:
         found.append(
-            f"all replicas together hold {host * replicas / demand.adapters:.1%} of the adapters in "
-            "memory: route by adapter, and expect loads from disk"
+            f"all replicas together hold {host * replicas / demand.adapters:.1%} of the adapters "
+            "in memory: route by adapter, and expect loads from disk"
         )
     if slots < min(demand.adapters, int(figures["sequences"].value)):
         found.append(f"{slots} slots are fewer than sequences at once: adapters take turns")

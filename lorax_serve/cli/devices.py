@@ -85,7 +85,7 @@ def _measured_bandwidth() -> float:
     import torch
 
     block = torch.ones(1 << 26, dtype=torch.float32)
-    return block.nbytes / _fastest(lambda: block.sum())
+    return block.nbytes / _fastest(block.sum)
 
 
 def _measured_flops() -> float:
