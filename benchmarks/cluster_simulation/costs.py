@@ -71,7 +71,8 @@ class Costs:
         step: of each step.
         decode, prompt_token, adapter, put: for each of these.
         beside_load: that a step takes longer for each second that an adapter is read beside it.
-        noise: quantiles of a step's time over what the above say, mean 1.
+        noise: quantiles of a step's time over what the above say, of steps without prompts.
+        prompt_noise: of steps with prompts; empty: as ``noise``.
         loads: quantiles of the seconds in which an adapter is read, checked and folded.
         wakes: quantiles of the seconds from a message's coming until an idle engine takes it.
     """
@@ -85,6 +86,7 @@ class Costs:
     noise: tuple[float, ...]
     loads: tuple[float, ...]
     wakes: tuple[float, ...] = (0.0,)
+    prompt_noise: tuple[float, ...] = ()
 
     def seconds(self, decodes: int, prompt_tokens: int, adapters: int, puts: int) -> float:
         """Of a step, in the mean."""
@@ -96,14 +98,15 @@ class Costs:
             + self.put * puts
         )
 
-    def factor(self, rng: random.Random, steps: int) -> float:
+    def factor(self, rng: random.Random, steps: int, *, prompts: bool) -> float:
         """How many times as long as in the mean ``steps`` steps take."""
         if steps == 1:
-            return rng.choice(self.noise)
+            return rng.choice(self.prompt_noise if prompts and self.prompt_noise else self.noise)
         # The mean of many is about normal; four draws of it are enough for what is left of it.
         mean = sum(rng.choice(self.noise) for _ in range(4)) / 4
-        spread = (mean - 1) * (4 / max(steps, 4)) ** 0.5
-        return max(0.1, 1 + spread)
+        usual = sum(self.noise) / len(self.noise)
+        spread = (mean - usual) * (4 / max(steps, 4)) ** 0.5
+        return max(0.1, usual + spread)
 
     def load(self, rng: random.Random) -> float:
         """Seconds of one load."""
@@ -126,7 +129,7 @@ class Costs:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Costs:
         """Of ``as_json``."""
-        lists = {name: tuple(fields[name]) for name in ("noise", "loads", "wakes")}
+        lists = {name: tuple(fields[name]) for name in ("noise", "loads", "wakes", "prompt_noise")}
         return cls(**(fields | lists))
 
 
@@ -151,15 +154,24 @@ def fit(
         raise ValueError(f"{len(steps)} steps, {len(loads)} loads: at least one of each is needed")
     rows, seconds = _table(steps), np.array([s.seconds / pace.at(s.at) for s in steps])
     found = _not_negative(rows, seconds)
-    ratios = np.quantile(seconds / (rows @ found), np.linspace(0, 1, _QUANTILES))
-    ratios /= ratios.mean()
+    expected = rows @ np.array(found)
+    prompts = rows[:, 2] > 0
     reading = [load.seconds / pace.at(load.at) for load in loads]
     return Costs(
         *map(float, found),
-        noise=tuple(map(float, ratios)),
+        noise=_noise(seconds[~prompts], expected[~prompts]) or (1.0,),
+        prompt_noise=_noise(seconds[prompts], expected[prompts]),
         loads=_quantiles(reading),
         wakes=_quantiles(wakes or (0.0,)),
     )
+
+
+def _noise(seconds: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> tuple[float, ...]:
+    """Quantiles of the ratios, such that their mean gives the seconds of all steps together."""
+    if not len(seconds):
+        return ()
+    ratios = np.quantile(seconds / expected, np.linspace(0, 1, _QUANTILES))
+    return tuple(map(float, ratios * (seconds.sum() / expected.sum() / ratios.mean())))
 
 
 def _quantiles(values: Sequence[float]) -> tuple[float, ...]:

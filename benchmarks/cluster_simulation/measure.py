@@ -20,7 +20,7 @@ from benchmarks.plot import Chart
 from lorax_serve.config import EngineConfig
 from lorax_serve.model.source import resolve_model
 
-BURSTS = (1, 2, 4, 8, 16, 32)
+BURSTS = (1, 2, 4, 8, 16)
 
 
 def measure(options: argparse.Namespace) -> Result:
@@ -32,7 +32,6 @@ def measure(options: argparse.Namespace) -> Result:
         threads=options.threads,
         max_adapter_bytes=int(1.02 * resident * adapter_bytes(model, options.rank)),
         prefix_caching=False,
-        max_sequence_length=1024,
     )
     replicas = RealReplicas(config, dict(enumerate(adapters.values())), 1)
     did = Work([], [], [])
@@ -113,6 +112,6 @@ if __name__ == "__main__":
     flags.add_argument("--rank", type=int, default=16)
     flags.add_argument("--adapters", type=int, default=48)
     flags.add_argument("--threads", type=int, default=None, help="of the engine (default: all)")
-    flags.add_argument("--requests", type=int, default=144, help="of a round")
+    flags.add_argument("--requests", type=int, default=120, help="of a round")
     given = flags.parse_args()
     publish("cluster_costs", given, measure(given))

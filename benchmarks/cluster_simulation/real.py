@@ -228,7 +228,10 @@ class _Server:
         # While a reset waits for loads, nothing else comes: the gateway waits for its answer.
         message: Any = None
         while message != "stop":
-            message = self._link.recv()
+            try:
+                message = self._link.recv()
+            except EOFError:  # the gateway has gone
+                message = "stop"
             if isinstance(message, tuple):
                 message = (*message, time.perf_counter())
             self._inbox.put(message)

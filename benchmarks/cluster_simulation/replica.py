@@ -360,7 +360,7 @@ class Replica:
         )
         if self._jump and everybody and not batch.loads and not scheduler.waiting:
             steps = min(s.prompt_length + s.max_new_tokens - len(s.tokens) for s in batch.decodes)
-        seconds *= costs.factor(self._rng, steps) * self._pace.at(now)
+        seconds *= costs.factor(self._rng, steps, prompts=prompt_tokens > 0) * self._pace.at(now)
         if self._loading.now is not None:
             beside = min(seconds * steps, self._loading.until - now)
             seconds += costs.beside_load * beside / steps

@@ -109,6 +109,7 @@ class Capacity:
             "figures": {name: figure._asdict() for name, figure in self.figures.items()},
             "flags": self.flags,
             "replicas": self.replicas,
+            "helm": {"replicas": self.replicas, "settings": self.flags},
             "notes": self.notes,
         }
 

@@ -129,7 +129,10 @@ def _lines(found: Capacity) -> Iterator[str]:
     yield ""
     flags = " ".join(f"--{name} {value}" for name, value in found.flags.items())
     yield f"flags of each lorax-serve: {flags}"
-    yield f"replicas: {found.replicas}"
+    yield "values of the Helm chart:"
+    yield f"  replicas: {found.replicas}"
+    yield "  settings:"
+    yield from (f"    {name}: {value}" for name, value in found.flags.items())
     yield ""
     yield "a floor is not less than that, a ceiling not more; exact is as the server counts"
     for note in found.notes:

@@ -106,11 +106,11 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(policy: str) 
     assert runs[0] != runs[2]
 
 
-@pytest.mark.parametrize("rate", [5.0, 40.0, 200.0])
+@pytest.mark.parametrize("rate", [5.0, 20.0, 40.0])
 def test_passing_over_equal_steps_changes_nothing(rate: float) -> None:
     found = []
-    # No load ends when a step does, and prompt tokens of a step's time are no whole number: what is
-    # rounded otherwise would decide.
+    # No load ends when a step does, and prompt tokens of a step's time are no whole number: else
+    # roundings would decide. Far beyond saturation they do all the same.
     costs = replace(COSTS, loads=(0.0507313,), prompt_token=0.0013)
     for jump in (True, False):
         some = work(rate=rate)
