@@ -120,7 +120,13 @@ def main() -> None:
     )
     add = parser.add_argument
     results = Path("benchmarks/results")
-    add("--costs", type=Path, default=results / "cluster_costs.json", help="from measure")
+    add(
+        "--costs",
+        type=Path,
+        default=results / "cluster_costs.json",
+        help="from measure or validate",
+    )
+    add("--adapter-bytes", type=int, default=9_768_960, help="where --costs does not say")
     add("--replicas", type=int, default=300)
     add("--adapters", type=int, default=100_000)
     add("--exponent", type=float, default=1.0, help="popularity falls with rank ** -exponent")
@@ -141,7 +147,10 @@ def main() -> None:
     options = parser.parse_args()
 
     measured = json.loads(options.costs.read_text())
-    costs, size = Costs.from_json(measured["costs"]), measured["adapter_bytes"]
+    fields, size = measured["costs"], measured.get("adapter_bytes", options.adapter_bytes)
+    if isinstance(fields, list):  # of validate's rounds, without the machine's pace in each
+        fields = {name: value for name, value in fields[0].items() if name != "pace"}
+    costs = Costs.from_json(fields)
     limits = Limits(
         size,
         int(options.memory * 2**30),
