@@ -80,7 +80,7 @@ def request_seconds(costs: Costs, options: argparse.Namespace, batch: int) -> fl
     """Of a replica for one request while its batch is full and each row has its own adapter."""
     step = costs.seconds(batch, 0, batch, 0) / batch
     prompt, answer = (sum(each) / 2 for each in (options.prompt_tokens, options.new_tokens))
-    return prompt * costs.prompt_token + answer * step
+    return float(prompt * costs.prompt_token + answer * step)
 
 
 def _jobs(options: argparse.Namespace, count: int, rate: float, seed: int) -> list[Job]:

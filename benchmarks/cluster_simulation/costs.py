@@ -105,7 +105,7 @@ class Costs:
         # The mean of many is about normal; four draws of it are enough for what is left of it.
         mean = sum(rng.choice(self.noise) for _ in range(4)) / 4
         usual = sum(self.noise) / len(self.noise)
-        spread = (mean - usual) * (4 / max(steps, 4)) ** 0.5
+        spread: float = (mean - usual) * (4 / max(steps, 4)) ** 0.5
         return max(0.1, usual + spread)
 
     def load(self, rng: random.Random) -> float:
@@ -158,7 +158,7 @@ def fit(
     prompts = rows[:, 2] > 0
     reading = [load.seconds / pace.at(load.at) for load in loads]
     return Costs(
-        *map(float, found),
+        *(found[0], found[1], found[2], found[3], found[4], found[5]),
         noise=_noise(seconds[~prompts], expected[~prompts]) or (1.0,),
         prompt_noise=_noise(seconds[prompts], expected[prompts]),
         loads=_quantiles(reading),

@@ -248,7 +248,7 @@ class _Server:
         engine.handle(FindAdapters(next(self._calls)))
         found = engine.take_report()
         self._take(found.tokens, time.perf_counter())
-        tier = found.replies[-1].value[adapter].value  # type: ignore[index]
+        tier = found.replies[-1].value[adapter].value  # type: ignore[index, union-attr]
         self._running[number] = [tier, came, None]
         rng = random.Random(f"{seed} {number}")
         tokens = tuple(rng.randrange(_FIRST_TOKEN, self._vocab_size) for _ in range(prompt))

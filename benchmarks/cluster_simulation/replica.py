@@ -397,4 +397,8 @@ class Replica:
         self._run(now)
 
     def _later(self, when: float, call: Callable[[float], object]) -> None:
-        self._at(when, lambda now: None if self._dead else call(now))
+        def unless_dead(now: float) -> None:
+            if not self._dead:
+                call(now)
+
+        self._at(when, unless_dead)

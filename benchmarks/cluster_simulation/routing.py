@@ -154,7 +154,8 @@ class Residency(RingHash):
 
     def report(self, replica: int, tiers: Mapping[int, AdapterTier]) -> None:
         """See ``Router``."""
-        found = {a: tier for a, tier in tiers.items() if tier is not AdapterTier.DISK}
+        found: dict[int, AdapterTier] = {}
+        found |= {a: tier for a, tier in tiers.items() if tier is not AdapterTier.DISK}
         for adapter in self._reported.get(replica, {}).keys() - found.keys():
             del self._where[adapter][replica]
         for adapter, tier in found.items():

@@ -17,7 +17,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.adapters import random_adapters
 from benchmarks.cluster_simulation.cluster import Cluster
@@ -205,7 +205,7 @@ def save_model(directory: Path) -> None:
         head_dim=64,
         max_position_embeddings=LENGTH,
     )
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(directory)
 
 
@@ -222,7 +222,7 @@ def _pooled(samples: list[Sample]) -> dict[str, float]:
 
 
 def _busy(did: Work, options: argparse.Namespace) -> float:
-    return sum(step.seconds for step in did.steps) / options.seconds / int(options.replicas)
+    return sum(step.seconds for step in did.steps) / float(options.seconds * options.replicas)
 
 
 if __name__ == "__main__":

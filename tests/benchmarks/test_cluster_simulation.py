@@ -245,8 +245,10 @@ def test_a_fit_finds_the_costs_that_steps_were_made_of() -> None:
     truth = np.array([0.005, 0.001, 0.0005, 0.002, 0.0, 0.4])
     steps = []
     for _ in range(400):
-        row = [1, *rng.integers(0, (16, 64, 8, 1)), rng.random() * 0.01]
-        steps.append(Step(*row[1:], seconds=float(np.dot(row, truth)), at=0.0))
+        counts = [int(n) for n in rng.integers(0, (16, 64, 8, 1))]
+        beside = float(rng.random()) * 0.01
+        seconds = float(np.dot([1, *counts, beside], truth))
+        steps.append(Step(counts[0], counts[1], counts[2], counts[3], beside, seconds, 0.0))
     found = fit(steps, [Loaded(0.1, 0.0), Loaded(0.3, 0.0)])
     names = ("step", "decode", "prompt_token", "adapter", "put", "beside_load")
     assert [getattr(found, name) for name in names] == pytest.approx(truth)
