@@ -1,4 +1,4 @@
-"""``lorax``: talk to a server from a terminal."""
+"""``lorax``: talk to a server from a terminal, and plan for one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from lorax_serve import __version__
 from lorax_serve.cli.adapters import add_commands
+from lorax_serve.cli.plan import add_plan
 from lorax_serve.errors import InvalidRequest, LoraxError
 from lorax_serve.sampling_flags import add_sampling_flags, given_sampling
 
@@ -27,9 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         inspected would be refused, 130 after Ctrl-C.
     """
     options = _parser().parse_args(argv)
-    from lorax_serve.client import Client
-
     try:
+        if not options.needs_server:
+            return options.run(options) or 0
+        from lorax_serve.client import Client
+
         with Client(options.server or _DEFAULT_SERVER, timeout=options.timeout) as client:
             return options.run(client, options) or 0
     except LoraxError as error:
@@ -147,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"default: $LORAX_SERVER, else {_DEFAULT_SERVER}",
     )
     common.add_argument("--timeout", type=float, metavar="SECONDS", help="for each call")
+    parser.set_defaults(needs_server=True)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", parents=[common], help="generate text")
@@ -183,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     health.set_defaults(run=_health)
 
     add_commands(commands, common)
+    add_plan(commands)
     return parser
 
 

@@ -26,19 +26,28 @@ from lorax_serve.model.direct import DirectSteps
 from lorax_serve.model.group import ALONE, Group
 from lorax_serve.model.paged_steps import PagedSteps
 
-__all__ = ["Built", "build", "check_parallel", "choose_device", "choose_dtype"]
+__all__ = [
+    "ACTIVATIONS_SHARE",
+    "DEFAULT_MAX_LENGTH",
+    "DEVICE_ADAPTERS_SHARE",
+    "Built",
+    "build",
+    "check_parallel",
+    "choose_device",
+    "choose_dtype",
+]
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_MAX_LENGTH = 4096
+DEFAULT_MAX_LENGTH = 4096
 
-_DEVICE_ADAPTERS_SHARE = 8
+DEVICE_ADAPTERS_SHARE = 8
 """By default, adapters may take an eighth of a GPU's memory."""
 
 _HOST_ADAPTERS_BYTES = 256 << 20
 """What they may take of the host's memory in the GPU's decoder on a CPU, which is for tests."""
 
-_ACTIVATIONS_SHARE = 16
+ACTIVATIONS_SHARE = 16
 """Of a GPU's memory, for what a step computes and for what fragments."""
 
 
@@ -161,7 +170,7 @@ def check_parallel(config: EngineConfig, spec: DecoderSpec, device: torch.device
 
 def _max_length(config: EngineConfig, spec: DecoderSpec) -> int:
     limit = spec.max_positions
-    length = config.max_sequence_length or min(limit, _DEFAULT_MAX_LENGTH)
+    length = config.max_sequence_length or min(limit, DEFAULT_MAX_LENGTH)
     if length > limit:
         raise ModelUnsupported(f"max_sequence_length {length}: this model's limit is {limit}")
     return length
@@ -218,8 +227,7 @@ def _build_paged(
     if config.max_device_adapter_bytes is None:
         adapters = _HOST_ADAPTERS_BYTES
         if device.type == "cuda":
-            total = torch.cuda.mem_get_info(device)[1]
-            adapters = group.least(total // _DEVICE_ADAPTERS_SHARE)
+            adapters = torch.cuda.mem_get_info(device)[1] // DEVICE_ADAPTERS_SHARE
     # What is probed has a slot beside those that requests can have.
     decoder = PagedDecoder(weights, calls, adapters + adapters // 4, group)
     spec = decoder.spec
@@ -227,7 +235,7 @@ def _build_paged(
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        most = max(length, (free - total // _ACTIVATIONS_SHARE) // per_token)
+        most = max(length, (free - total // ACTIVATIONS_SHARE) // per_token)
     else:
         # Pages are counted once more for rows that keep prefixes; memory is touched as it is used.
         most = max(length, min(batch.size * length, affordable_tokens(per_token)))
