@@ -28,8 +28,9 @@ elixir-guide: setup
 	$(BIN)/lorax-train --preset elixir --data examples/data/forum.txt --out out/elixir-guide
 	$(BIN)/lorax-train generate out/elixir-guide "<title>Elixir 2.0 released" --top-p 0.8 --seed 1337
 
+# A process for each core, a thread in each: most tests are one thread's work.
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not slow and not peers"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not slow and not peers"
 
 # The rules and the dashboard against a real Prometheus and real servers, alerts that fire included.
 # Minutes. Without Debian's package prometheus (or its two programs from elsewhere) it stops here.
@@ -40,7 +41,7 @@ monitoring-check: setup
 
 # The GPU's kernels against their references in torch, in Triton's interpreter.
 kernel-test: setup
-	$(BIN)/python -m pytest tests/gpu -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/gpu -m "not gpu and not slow"
 
 # Every variant of LoRA that PEFT writes, in one mixed batch, against PEFT alone.
 fidelity: setup
