@@ -210,7 +210,10 @@ class Metrics(RequestListener, RegistryListener):
         Gauge("lorax_kv_usage_ratio", use, registry=registry).set_function(
             lambda: kv_usage(self.stats)
         )
-        failed = "Adapters of the source or manifest that could not be loaded when last tried"
+        failed = (
+            "What should be served and could not be loaded when last tried; a source or manifest "
+            "that cannot be read counts as one"
+        )
         Gauge("lorax_adapters_failed", failed, registry=registry).set_function(
             lambda: len(self.failures)
         )

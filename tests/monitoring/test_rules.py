@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
+from prometheus_client.core import Metric
 
 from lorax_serve.metrics import Metrics
 from tests.monitoring.prometheus import needs_prometheus, promtool
@@ -57,11 +59,25 @@ def test_each_alert_has_its_section_and_each_section_its_alert() -> None:
             assert section.count(part) == 1, section.splitlines()[0]
 
 
+def exported() -> list[Metric]:
+    """All families of metrics of a server that follows a manifest."""
+    metrics = Metrics()
+    metrics.watch_manifest(Mock(wanted=0, read_errors=0))
+    return list(metrics.registry.collect())
+
+
+def test_each_metric_has_one_name_and_one_meaning() -> None:
+    names = [family.name for family in exported()]
+    meanings = [family.documentation for family in exported()]
+    assert len(set(names)) == len(names)
+    assert len(set(meanings)) == len(meanings)
+
+
 def test_every_metric_that_is_asked_for_exists() -> None:
     """Also where no Prometheus is: a metric that is renamed takes its alerts with it."""
     there = {
         sample
-        for family in Metrics().registry.collect()
+        for family in exported()
         for sample in (
             [f"{family.name}_{end}" for end in ("bucket", "count", "sum")]
             if family.type == "histogram"

@@ -180,6 +180,27 @@ ROWS: dict[str, list[Panel]] = {
             {"{{reason}}": f"{_rate('lorax_adapter_rejects_total', 'reason')} > 0"},
             "ops",
         ),
+        Panel(
+            "Failed adapters",
+            "What each replica should serve and could not load when it last tried.",
+            {"{{instance}}": "lorax_adapters_failed{SEL}"},
+        ),
+        Panel(
+            "Manifest",
+            "Adapters that each replica's manifest asks for, and replicas that cannot read theirs.",
+            {
+                "{{instance}}": "lorax_manifest_adapters{SEL}",
+                "unreadable": "sum(rate(lorax_manifest_read_errors_total{SEL}[RANGE]) > bool 0)",
+            },
+        ),
+        Panel(
+            "Replicas that have an adapter",
+            "In how many replicas' memory the adapters are that are in any: 1 if each goes to one.",
+            {
+                "mean": "avg(count by (adapter) (lorax_adapter_resident{SEL}))",
+                "most": "max(count by (adapter) (lorax_adapter_resident{SEL}))",
+            },
+        ),
     ],
     "KV cache": [
         Panel(
