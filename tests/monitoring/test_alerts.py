@@ -16,16 +16,19 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deploy.local.processes import free_port
+from deploy.local.prometheus import Prometheus
+from deploy.monitoring.durations import shortened
 from lorax_serve.client import AsyncClient
 from lorax_serve.errors import LoraxError
 from tests.e2e.process import start_process
-from tests.monitoring.durations import shortened
-from tests.monitoring.prometheus import Prometheus, free_port, needs_prometheus, running
+from tests.monitoring.prometheus import needs_prometheus, running
 from tests.monitoring.shipped import RULES
 
 pytestmark = [needs_prometheus, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ALL = "all-linear"
+HOST = "127.0.0.1"
 PROMPT = "w10 w11 w12 w13"
 TIMES = 20
 
@@ -80,7 +83,7 @@ async def watched(
 ) -> AsyncIterator[tuple[Prometheus, list[Replica]]]:
     """Replicas that serve what is in ``place/source``, under a Prometheus."""
     replicas = [
-        Replica(model, place / "source", place / f"state{n}", free_port(), free_port())
+        Replica(model, place / "source", place / f"state{n}", free_port(HOST), free_port(HOST))
         for n in range(count)
     ]
     (place / "prometheus").mkdir()
@@ -201,3 +204,7 @@ async def test_adapters_that_fail_are_told(
         (bad / "adapter_model.safetensors").write_bytes(b"?")
         bad.rename(tmp_path / "source/bad")
         await prometheus.fires("LoraxAdapterLoadFailed", reason="bad_file", instance=one.instance)
+        # It was refused once, and is lacking until somebody takes it out.
+        await prometheus.fires("LoraxAdaptersFailed", 90, instance=one.instance)
+        (tmp_path / "source/bad").rename(tmp_path / "bad")
+        await prometheus.silent("LoraxAdaptersFailed")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.monitoring.durations import shortened
+from deploy.monitoring.durations import shortened
 from tests.monitoring.prometheus import needs_prometheus, promtool
 from tests.monitoring.shipped import RULES
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from deploy.local.prometheus import Prometheus
+from deploy.monitoring.durations import shortened
 from lorax_serve.client import AsyncClient
 from lorax_serve.errors import AdapterNotFound, AdapterRejected, EngineFailed, Overloaded
 from lorax_serve.server.app import Server
 from tests.e2e.conftest import StartServer
-from tests.monitoring.durations import shortened
-from tests.monitoring.prometheus import Prometheus, needs_prometheus, promtool, running
+from tests.monitoring.prometheus import needs_prometheus, promtool, running
 from tests.monitoring.shipped import (
     ALERTS,
     DASHBOARD,
@@ -57,15 +58,26 @@ async def test_every_query_finds_what_it_asks_for(
         max_sequence_length=1024,
         kv_cache_tokens=1056,
     )
+    # And one that follows a manifest, with an entry that fails; later it cannot be read at all.
+    manifest = tmp_path / "manifest.yaml"
+    manifest.write_text("adapters: [{name: a0, source: a0}, {name: nobody, source: nobody}]")
+    follows = await start_server(
+        adapters, state=tmp_path / "state", server={"manifest": manifest, "watch_seconds": 0.2}
+    )
     (tmp_path / "prometheus").mkdir()
-    target = f"127.0.0.1:{server.metrics_port}"
+    target, other = (f"127.0.0.1:{each.metrics_port}" for each in (server, follows))
     rules = shortened(RULES.read_text(encoding="utf-8"), TIMES)
-    async with running(tmp_path / "prometheus", [target], rules) as prometheus:
+    async with running(tmp_path / "prometheus", [target, other], rules) as prometheus:
+        manifest.write_text("adapters: {")
+        await prometheus.fires("LoraxManifestUnreadable", instance=other)
+        async with client_of(follows) as client:
+            await client.generate(PROMPT, adapter="a0", max_new_tokens=2)
         for _ in range(4):
             await traffic(server)
             await asyncio.sleep(1)
-        page = await asyncio.to_thread(scraped, f"http://{target}/metrics")
-        promtool("check", "metrics", stdin=page)
+        for each in (target, other):
+            page = await asyncio.to_thread(scraped, f"http://{each}/metrics")
+            promtool("check", "metrics", stdin=page)
         empty = [query for query in must_have_data() if not await prometheus.query(query)]
         assert empty == []
         for alert in ALERTS.values():  # they are taken as they are, too
@@ -113,9 +125,12 @@ async def everything_happened(prometheus: Prometheus) -> None:
     """The load was one under which figures are more than zero."""
     for series in (
         "lorax_adapter_evictions_total",
+        "lorax_adapters_failed",
         "lorax_adapter_reads_total",
         'lorax_adapter_rejects_total{reason="bad_file"}',
         'lorax_errors_total{code="RESOURCE_EXHAUSTED"}',
+        "lorax_manifest_adapters",
+        "lorax_manifest_read_errors_total",
         "lorax_preemptions_total",
         "lorax_prefix_cache_hits_total",
         "lorax_requests_failed_total",

@@ -1,5 +1,6 @@
 """The very rules that are shipped, with all durations divided: what takes an hour in production
-takes a minute or two in a test. Names, thresholds and labels stay as they are."""
+takes a minute or two in a test, or on the cluster of ``deploy/local``. Names, thresholds and labels
+stay as they are."""
 
 from __future__ import annotations
 
