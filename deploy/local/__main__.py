@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from deploy.local import proofs
+from deploy.local.alerts import alerts
 from deploy.local.cluster import Cluster
+from deploy.local.prometheus import NO_PROMETHEUS
 
 PROOFS: tuple[Callable[[Cluster], Awaitable[dict[str, Any]]], ...] = (
     proofs.affinity,
+    alerts,  # before restarts, of which some alerts tell for an hour
     proofs.adapter_loads,
     proofs.manifest,
     proofs.rolling_restart,
@@ -39,6 +42,8 @@ def main() -> None:
             for process in cluster.processes:
                 print(f"{process.name:18} {process.log}", file=sys.stderr)
             print(f"gateway            {cluster.gateway}", file=sys.stderr, flush=True)
+            watched = cluster.prometheus.url if cluster.prometheus else NO_PROMETHEUS
+            print(f"prometheus         {watched}", file=sys.stderr, flush=True)
             if options.keep:
                 _wait()
                 return

@@ -1,4 +1,4 @@
-"""Three replicas, Envoy, a bucket and a name server on the loopback, and a manifest for all."""
+"""Three replicas, Envoy, Prometheus, a bucket and a name server on the loopback, and a manifest."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -18,10 +19,12 @@ from benchmarks.adapters import write_random_adapter
 from deploy.local.gateway import gateway
 from deploy.local.manifest import BUCKET, ManifestFile, credentials, push
 from deploy.local.processes import Process, free_port, wait_until
+from deploy.local.prometheus import RULES, Prometheus, find_prometheus, prometheus
+from deploy.monitoring.durations import shortened
 from lorax_serve.store.digest import digest_of
 from tests.helpers import TINY_LLAMA, save_tiny_model
 
-__all__ = ["NAMES", "WATCH_SECONDS", "Cluster", "Replica"]
+__all__ = ["NAMES", "TIMES", "WATCH_SECONDS", "Cluster", "Replica"]
 
 SERVICE = "lorax-serve-headless"
 ADDRESSES = ("127.0.0.11", "127.0.0.12", "127.0.0.13")
@@ -29,6 +32,8 @@ NAMES = tuple(f"adapter-{number:02d}" for number in range(60))
 SPARE = "late"
 """An adapter that is in the bucket, and not in the manifest at first."""
 WATCH_SECONDS = 2.0
+TIMES = 20
+"""How many times faster the rules are than the shipped ones."""
 _ADAPTER_SLOTS = 8
 # A third of the adapters is 20. Each takes so many bytes of a replica's host memory.
 _RESIDENT = 26
@@ -89,6 +94,7 @@ class Cluster:
         manifest: what they serve.
         gateway: the address of Envoy, which routes by adapter.
         round_robin: that of one that does not.
+        prometheus: watches the replicas; None if it is not installed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -96,6 +102,7 @@ class Cluster:
         self.replicas: list[Replica] = []
         self.manifest = ManifestFile(directory / "config")
         self.gateway = self.round_robin = ""
+        self.prometheus: Prometheus | None = None
         self._directory = directory
         self._digests: dict[str, str] = {}
 
@@ -113,6 +120,7 @@ class Cluster:
         self.manifest.write(self.entry(name) for name in NAMES)
         self._servers(model, endpoint)
         self._gateways()
+        self._monitoring()
 
     def stop(self) -> None:
         """End everything, the last that was started first."""
@@ -120,7 +128,7 @@ class Cluster:
             process.kill()
 
     def run(self, process: Process, ready: Callable[[], bool] | None = None) -> Process:
-        """Start one more process, which ends with the others. Monitoring comes in here.
+        """Start one more process, which ends with the others.
 
         Args:
             process: not started yet.
@@ -203,6 +211,15 @@ class Cluster:
             self.run(envoy, lambda url=healthy: _healthy(url) == len(ADDRESSES))  # type: ignore[misc]
             addresses.append(f"127.0.0.1:{port}")
         self.gateway, self.round_robin = addresses
+
+    def _monitoring(self) -> None:
+        if find_prometheus() is None:
+            return
+        port = free_port("127.0.0.1")
+        targets = [urlsplit(each.metrics).netloc for each in self.replicas]
+        rules = shortened(RULES.read_text(encoding="utf-8"), TIMES)
+        self.prometheus = Prometheus(port)
+        self.run(prometheus(self._directory, port, targets, rules), self.prometheus.ready)
 
 
 def _listens(port: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deploy.local import proofs
+from deploy.local.alerts import alerts
 from deploy.local.cluster import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -19,6 +20,15 @@ async def test_an_adapter_s_requests_stick_to_one_replica(cluster: Cluster) -> N
     assert found["busiest_over_mean"][6] <= 1.5
     assert found["busiest_over_mean"][48] <= 1.5
     assert len(found["adapters_by_replica"]) == 3
+
+
+async def test_alerts_tell_of_a_killed_replica_and_of_nothing_else(cluster: Cluster) -> None:
+    found = await alerts(cluster)
+    if "skipped" in found:
+        pytest.skip(found["skipped"])
+    assert found["fired_in_calm"] == []
+    assert found["fired_after_kill"] == ["LoraxReplicaDown", "LoraxRestarted"]
+    assert found["calm_calls"] > 100
 
 
 async def test_affinity_saves_adapter_loads(cluster: Cluster) -> None:
