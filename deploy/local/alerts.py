@@ -38,8 +38,6 @@ async def alerts(cluster: Cluster) -> dict[str, Any]:
         await prometheus.silent("LoraxReplicaDown")
         over = time.monotonic()
         after = await prometheus.fired(over - killed)
-        # The next proof begins in calm.
-        await prometheus.silent("LoraxRestarted", 2 * _CALM_SECONDS)
     return {
         "times_faster": TIMES,
         "calm_seconds": _CALM_SECONDS,
