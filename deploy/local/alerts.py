@@ -28,6 +28,7 @@ async def alerts(cluster: Cluster) -> dict[str, Any]:
     async with Load(cluster.gateway) as load, load.running(even(NAMES, seed=5), at_once=1) as calls:
         await asyncio.sleep(_CALM_SECONDS)
         in_calm, calls_in_calm = await prometheus.fired(_CALM_SECONDS), len(calls.ended)
+        serving = len(await prometheus.query("lorax_serving == 1"))  # it is no silence of the deaf
         await asyncio.to_thread(victim.process.kill)
         killed = time.monotonic()
         await prometheus.fires("LoraxReplicaDown", instance=instance)
@@ -42,6 +43,7 @@ async def alerts(cluster: Cluster) -> dict[str, Any]:
         "times_faster": TIMES,
         "calm_seconds": _CALM_SECONDS,
         "calm_calls": calls_in_calm,
+        "calm_serving": serving,
         "fired_in_calm": in_calm,
         "fired_after_kill": after,
         "down_told_seconds": round(told - killed, 1),
