@@ -18,8 +18,8 @@ _CALM_SECONDS = 900 / TIMES
 
 
 async def alerts(cluster: Cluster) -> dict[str, Any]:
-    """A calm while, then a replica is killed, and after some time started again. Seconds are
-    counted from the kill, and from the start."""
+    """A calm while, then a replica is killed, and started again once that is told. Seconds are
+    counted from the kill, and from the beginning of the start."""
     prometheus = cluster.prometheus
     if prometheus is None:
         return {"skipped": NO_PROMETHEUS}
@@ -33,8 +33,8 @@ async def alerts(cluster: Cluster) -> dict[str, Any]:
         killed = time.monotonic()
         await prometheus.fires("LoraxReplicaDown", instance=instance)
         told = time.monotonic()
-        await asyncio.to_thread(victim.start)
         started = time.monotonic()
+        await asyncio.to_thread(victim.start)
         await prometheus.fires("LoraxRestarted", instance=instance)
         await prometheus.silent("LoraxReplicaDown")
         over = time.monotonic()
