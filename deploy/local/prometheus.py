@@ -27,18 +27,23 @@ def find_prometheus() -> str | None:
     return shutil.which("prometheus")
 
 
-def prometheus(directory: Path, port: int, targets: Sequence[str], rules: str) -> Process:
-    """One that scrapes ``targets`` twice a second and evaluates ``rules``, to be started.
+def prometheus(
+    directory: Path, port: int, targets: Sequence[str], rules: str, scrape_seconds: float = 1.5
+) -> Process:
+    """One that scrapes ``targets`` and evaluates ``rules``, to be started.
 
     Args:
         directory: of its log, its data and the files that it reads.
         port: where it answers, on 127.0.0.1.
         targets: addresses of metrics, which make the job "lorax".
         rules: a rules file's text.
+        scrape_seconds: from scrape to scrape, and what one may take: more than the second for which
+            a server waits for an engine that hangs.
     """
+    scrape = f"{round(scrape_seconds * 1000)}ms"
     (directory / "rules.yaml").write_text(rules, encoding="utf-8")
     settings = {
-        "global": {"scrape_interval": "500ms", "evaluation_interval": "1s"},
+        "global": {"scrape_interval": scrape, "evaluation_interval": "1s"},
         "rule_files": ["rules.yaml"],
         "scrape_configs": [{"job_name": "lorax", "static_configs": [{"targets": [*targets]}]}],
     }

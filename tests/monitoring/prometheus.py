@@ -34,10 +34,13 @@ def promtool(*arguments: str | Path, stdin: str | None = None) -> str:
 
 
 @asynccontextmanager
-async def running(directory: Path, targets: list[str], rules: str) -> AsyncIterator[Prometheus]:
+async def running(
+    directory: Path, targets: list[str], rules: str, scrape_seconds: float = 1.5
+) -> AsyncIterator[Prometheus]:
     """A Prometheus that scrapes ``targets`` and evaluates ``rules``."""
     port = free_port("127.0.0.1")
-    process, found = prometheus(directory, port, targets, rules), Prometheus(port)
+    process = prometheus(directory, port, targets, rules, scrape_seconds)
+    found = Prometheus(port)
     process.start()
     try:
         await asyncio.to_thread(wait_until, found.ready, process, 30)

@@ -67,7 +67,7 @@ async def test_every_query_finds_what_it_asks_for(
     (tmp_path / "prometheus").mkdir()
     target, other = (f"127.0.0.1:{each.metrics_port}" for each in (server, follows))
     rules = shortened(RULES.read_text(encoding="utf-8"), TIMES)
-    async with running(tmp_path / "prometheus", [target, other], rules) as prometheus:
+    async with running(tmp_path / "prometheus", [target, other], rules, 0.5) as prometheus:
         manifest.write_text("adapters: {")
         await prometheus.fires("LoraxManifestUnreadable", instance=other)
         async with client_of(follows) as client:
