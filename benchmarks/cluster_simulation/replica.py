@@ -100,6 +100,23 @@ class _Rows(KVRows):
         self._resize(sequence.kv_slot, self._longest)
 
 
+class _Host(HostCache):
+    """The engine's, which can also be told of what is on disk."""
+
+    def know(self, version: int, nbytes: int) -> None:
+        """A version is on disk only."""
+        self._bytes_of[version] = nbytes
+
+
+class _Store(AdapterStore):
+    """The engine's, which can also be told of what is on disk."""
+
+    def know(self, loaded: LoadFinished) -> None:
+        """An adapter is on disk only."""
+        assert loaded.info is not None
+        self._known[loaded.load.version] = loaded.info, loaded.load
+
+
 class _Scheduler(Scheduler):
     """The engine's decisions, without its work for what is not simulated: prefixes, preemption, and
     steps that begin before the last one ends. It can also pass over steps that are all the same."""
@@ -192,9 +209,10 @@ class Replica:
         self._pace = pace
         self._limits, self._costs, self._rng = limits, costs, rng
         self._at, self._over, self._jump = at, over, jump and not exact
-        self._host = host = HostCache(limits.max_adapter_bytes)
+        self._host = host = _Host(limits.max_adapter_bytes)
         self._slots = slots = AdapterSlots(limits.adapter_slots, None, host.use)
-        self._store = AdapterStore(self._read, host, slots, lambda slot: None, shared=limits.shared)
+        self._store = _Store(self._read, host, slots, lambda slot: None, shared=limits.shared)
+        self._on_disk = bytearray()
         self._budget = PrefillBudget(limits.max_prefill_slowdown)
         scheduler = Scheduler if exact else _Scheduler
         self._scheduler = scheduler(
@@ -236,20 +254,30 @@ class Replica:
         """Load an adapter before the start, at no time."""
         self._store.add(self._finished(adapter))
 
-    def have(self, adapter: int) -> None:
-        """Leave an adapter where a request for it would have left it: in memory, last to go."""
-        if adapter in self._store and adapter not in self._host:
-            self._store.drop(adapter, self._slots.drop(adapter))
-        if adapter not in self._store:
-            self._store.add(self._finished(adapter))
-        self._host.use(adapter)
-        self._slots.pin(adapter)
-        self._slots.unpin(adapter)
+    def warm(self, recent: list[int], adapters: int) -> None:
+        """Place adapters as requests for them would have, before the start and at no time.
+
+        Args:
+            recent: what is on disk, the last that was asked for first. As many as fit are in
+                memory, and the first of these in slots.
+            adapters: how many there are; they are numbered from 0.
+        """
+        limits = self._limits
+        for adapter in reversed(recent[: limits.max_adapter_bytes // limits.adapter_bytes]):
+            self.know(adapter)
+        for adapter in reversed(recent[: limits.adapter_slots]):
+            if adapter in self._host:
+                self._slots.pin(adapter)
+                self._slots.unpin(adapter)
+        # There may be many, and few of them are asked for: the store is told of these then.
+        self._on_disk = bytearray(adapters)
+        for adapter in recent:
+            self._on_disk[adapter] = adapter not in self._store
 
     @property
     def disk(self) -> int:
         """Adapters that it has on disk."""
-        return self._host.known
+        return self._host.known + self._on_disk.count(1)
 
     def submit(self, job: Job, now: float) -> None:
         """Take a request."""
@@ -257,7 +285,7 @@ class Replica:
         if waiting >= self._limits.max_waiting:
             job.fate = "refused"
             self._over(job, now)
-        elif job.adapter in self._store:
+        elif self._has(job.adapter):
             self._deliver(lambda: self._enqueue(job), now)
         else:
             job.tier = SOURCE
@@ -265,6 +293,16 @@ class Replica:
             jobs.append(job)
             if len(jobs) == 1:
                 self._fetch(job.adapter, now)
+
+    def _has(self, adapter: int) -> bool:
+        if adapter in self._store:
+            return True
+        if adapter >= len(self._on_disk) or not self._on_disk[adapter]:
+            return False
+        self._on_disk[adapter] = 0
+        self._host.know(adapter, self._limits.adapter_bytes)
+        self._store.know(self._finished(adapter))
+        return True
 
     def die(self) -> list[Job]:
         """Stop at once; returns the jobs that it had."""
@@ -392,10 +430,10 @@ class Replica:
         seconds = costs.seconds(len(decodes), prompt_tokens, len(adapters), len(batch.loads))
         steps = 1
         calm = self._jump and not (batch.loads or batch.prefills or scheduler.waiting)
-        if calm and len(decodes) == scheduler.running:
-            # With a single token of its prompt left one decodes too, but its next is its first.
-            if all(len(sequence.tokens) > sequence.prompt_length for sequence in decodes):
-                steps = min([sequence.end - len(sequence.tokens) for sequence in decodes])
+        everybody = calm and len(decodes) == scheduler.running
+        # With a single token of its prompt left one decodes too, but its next token is its first.
+        if everybody and all(len(each.tokens) > each.prompt_length for each in decodes):
+            steps = min([each.end - len(each.tokens) for each in decodes])
         seconds *= costs.factor(self._rng, steps, prompts=prompt_tokens > 0) * self._pace.at(now)
         if self._loading.now is not None:
             beside = min(seconds * steps, self._loading.until - now)
