@@ -143,7 +143,7 @@ def main() -> None:
     add("--adapters", type=int, default=100_000)
     add("--exponent", type=float, default=1.0, help="popularity falls with rank ** -exponent")
     add("--load", type=float, default=0.6, help="share of the most that the replicas could serve")
-    add("--seconds", type=float, default=10.0, help="of arrivals")
+    add("--seconds", type=float, default=8.0, help="of arrivals")
     add("--settle", type=float, default=2.0, help="seconds of these that are not counted")
     add("--prompt-tokens", type=_range, default=(32, 224))
     add("--new-tokens", type=_range, default=(16, 112))
