@@ -106,7 +106,8 @@ def uniform(count: int) -> list[float]:
 def power_law(count: int, exponent: float = 1.0) -> list[float]:
     """Shares that fall with ``rank ** -exponent``."""
     weights = [rank**-exponent for rank in range(1, count + 1)]
-    return [weight / sum(weights) for weight in weights]
+    total = sum(weights)
+    return [weight / total for weight in weights]
 
 
 def synthetic_adapters(

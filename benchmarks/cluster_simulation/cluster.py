@@ -36,7 +36,7 @@ class Cluster:
         replicas: how many there are at the start, numbered from 0.
         seed: of the noise; each replica's is its own.
         report_seconds: how old a replica's metrics are at most when the router sees them.
-        jump, pace: see ``Replica``.
+        jump, exact, pace: see ``Replica``.
 
     Attributes:
         replicas: those that run, and those that drain.
@@ -54,9 +54,10 @@ class Cluster:
         seed: int = 0,
         report_seconds: float = 5.0,
         jump: bool = True,
+        exact: bool = False,
         pace: Pace = STEADY,
     ) -> None:
-        self._pace = pace
+        self._pace, self._exact = pace, exact
         self._router, self._limits, self._costs = router, limits, costs
         self._seed, self._report_seconds, self._jump = seed, report_seconds, jump
         self._events: list[tuple[float, int, Callable[[float], object]]] = []
@@ -111,6 +112,7 @@ class Cluster:
             self._at,
             self._over,
             jump=self._jump,
+            exact=self._exact,
             pace=self._pace,
         )
         self._router.join(number)

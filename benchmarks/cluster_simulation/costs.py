@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -63,7 +64,7 @@ class Pace:
 STEADY = Pace(1.0, (1.0,))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Costs:
     """Seconds of a replica's work.
 
@@ -104,9 +105,12 @@ class Costs:
             return rng.choice(self.prompt_noise if prompts and self.prompt_noise else self.noise)
         # The mean of many is about normal; four draws of it are enough for what is left of it.
         mean = sum(rng.choice(self.noise) for _ in range(4)) / 4
-        usual = sum(self.noise) / len(self.noise)
-        spread: float = (mean - usual) * (4 / max(steps, 4)) ** 0.5
-        return max(0.1, usual + spread)
+        spread: float = (mean - self._usual) * (4 / max(steps, 4)) ** 0.5
+        return max(0.1, self._usual + spread)
+
+    @functools.cached_property
+    def _usual(self) -> float:
+        return sum(self.noise) / len(self.noise)
 
     def load(self, rng: random.Random) -> float:
         """Seconds of one load."""

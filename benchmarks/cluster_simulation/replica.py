@@ -21,7 +21,7 @@ from lorax_serve.engine.adapter_slots import AdapterSlots
 from lorax_serve.engine.adapter_store import AdapterStore
 from lorax_serve.engine.fair_queue import TOKEN_COST
 from lorax_serve.engine.host_cache import HostCache
-from lorax_serve.engine.kv_rows import BLOCK, KVRows, blocks_of
+from lorax_serve.engine.kv_rows import KVRows, blocks_of
 from lorax_serve.engine.prefill_budget import PrefillBudget
 from lorax_serve.engine.scheduler import Scheduler
 
@@ -86,19 +86,69 @@ class Job:
         return self.first - self.arrival
 
 
+class _Rows(KVRows):
+    """Those of the engine, but each takes memory for the longest request at once: preemption is
+    not simulated, so no step need ask whether there is more."""
+
+    def __init__(self, rows: int, max_length: int) -> None:
+        self._longest = blocks_of(max_length)
+        super().__init__(rows, rows * (self._longest + 1), prefix_caching=False)
+
+    def take(self, sequence: Sequence) -> None:
+        """See ``KVRows``."""
+        super().take(sequence)
+        self._resize(sequence.kv_slot, self._longest)
+
+
+class _Host(HostCache):
+    """The engine's, which can also be told of what is on disk."""
+
+    def know(self, version: int, nbytes: int) -> None:
+        """A version is on disk only."""
+        self._bytes_of[version] = nbytes
+
+
+class _Store(AdapterStore):
+    """The engine's, which can also be told of what is on disk."""
+
+    def know(self, loaded: LoadFinished) -> None:
+        """An adapter is on disk only."""
+        assert loaded.info is not None
+        self._known[loaded.load.version] = loaded.info, loaded.load
+
+
 class _Scheduler(Scheduler):
-    """The engine's, which can also pass over steps that would all be the same."""
+    """The engine's decisions, without its work for what is not simulated: prefixes, preemption, and
+    steps that begin before the last one ends. It can also pass over steps that are all the same."""
+
+    def schedule(self) -> Batch:
+        """See ``Scheduler``."""
+        batch = Batch()
+        barred = self._take_turns(batch)
+        prompts = []
+        for sequence in self._running.values():
+            if self._parked and self._is_parked(sequence):
+                continue
+            if sequence.computed + 1 == len(sequence.tokens):
+                batch.decodes.append(sequence)
+                if sequence.computed >= sequence.charged:
+                    self._queue.flow(sequence).charge(TOKEN_COST)
+                    sequence.charged = sequence.computed + 1
+            else:
+                prompts.append(sequence)
+        if prompts or self._queue:
+            places = self._max_batch_size - len(self._running)
+            self._share_prompt_budget(batch, prompts, places, barred)
+        batch.copies = self._rows.take_copies()
+        return batch
 
     def skip(self, decodes: list[Sequence], steps: int) -> None:
         """Do what ``steps`` calls of ``schedule`` would, and their steps."""
         for sequence in decodes:
-            end = sequence.computed + steps
-            while sequence.computed < end:
-                sequence.computed = min(end, sequence.computed + BLOCK)
-                self._rows.reserve(sequence)
+            sequence.computed += steps
             sequence.tokens += [1] * steps
             self._queue.flow(sequence).charge(steps * TOKEN_COST)
-            sequence.charged = end
+            sequence.charged = sequence.computed
 
 
 @dataclass(slots=True)
@@ -106,6 +156,7 @@ class _Flight:
     """A step, or ``steps`` that are the same, from ``start``; each takes ``each`` seconds."""
 
     batch: Batch
+    prompt_tokens: int
     start: float
     each: float
     steps: int
@@ -135,6 +186,7 @@ class Replica:
         at: ``at(seconds, call)`` has ``call(seconds)`` called then; no more after ``die``.
         over: called with each job whose ``fate`` is known.
         jump: pass over steps that are all the same at once; the same results but for noise.
+        exact: schedule with the engine's ``Scheduler`` itself, to compare; implies no ``jump``.
         pace: the machine's.
 
     Attributes:
@@ -151,22 +203,23 @@ class Replica:
         over: Callable[[Job, float], None],
         *,
         jump: bool = True,
+        exact: bool = False,
         pace: Pace = STEADY,
     ) -> None:
         self._pace = pace
         self._limits, self._costs, self._rng = limits, costs, rng
-        self._at, self._over, self._jump = at, over, jump
-        self._host = host = HostCache(limits.max_adapter_bytes)
+        self._at, self._over, self._jump = at, over, jump and not exact
+        self._host = host = _Host(limits.max_adapter_bytes)
         self._slots = slots = AdapterSlots(limits.adapter_slots, None, host.use)
-        self._store = AdapterStore(self._read, host, slots, lambda slot: None, shared=limits.shared)
+        self._store = _Store(self._read, host, slots, lambda slot: None, shared=limits.shared)
+        self._on_disk = bytearray()
         self._budget = PrefillBudget(limits.max_prefill_slowdown)
-        # Memory for all that can run at once: preemption is not simulated.
-        blocks = limits.max_batch_size * (blocks_of(limits.max_length) + 1)
-        self._scheduler = _Scheduler(
+        scheduler = Scheduler if exact else _Scheduler
+        self._scheduler = scheduler(
             limits.max_batch_size,
             limits.max_batch_tokens,
             slots,
-            KVRows(limits.max_batch_size, blocks, prefix_caching=False),
+            _Rows(limits.max_batch_size, limits.max_length),
             prompt_tokens_beside=self._budget.tokens,
             adapter_quantum=limits.adapter_quantum,
         )
@@ -201,20 +254,30 @@ class Replica:
         """Load an adapter before the start, at no time."""
         self._store.add(self._finished(adapter))
 
-    def have(self, adapter: int) -> None:
-        """Leave an adapter where a request for it would have left it: in memory, last to go."""
-        if adapter in self._store and adapter not in self._host:
-            self._store.drop(adapter, self._slots.drop(adapter))
-        if adapter not in self._store:
-            self._store.add(self._finished(adapter))
-        self._host.use(adapter)
-        self._slots.pin(adapter)
-        self._slots.unpin(adapter)
+    def warm(self, recent: list[int], adapters: int) -> None:
+        """Place adapters as requests for them would have, before the start and at no time.
+
+        Args:
+            recent: what is on disk, the last that was asked for first. As many as fit are in
+                memory, and the first of these in slots.
+            adapters: how many there are; they are numbered from 0.
+        """
+        limits = self._limits
+        for adapter in reversed(recent[: limits.max_adapter_bytes // limits.adapter_bytes]):
+            self.know(adapter)
+        for adapter in reversed(recent[: limits.adapter_slots]):
+            if adapter in self._host:
+                self._slots.pin(adapter)
+                self._slots.unpin(adapter)
+        # There may be many, and few of them are asked for: the store is told of these then.
+        self._on_disk = bytearray(adapters)
+        for adapter in recent:
+            self._on_disk[adapter] = adapter not in self._store
 
     @property
     def disk(self) -> int:
         """Adapters that it has on disk."""
-        return self._host.known
+        return self._host.known + self._on_disk.count(1)
 
     def submit(self, job: Job, now: float) -> None:
         """Take a request."""
@@ -222,7 +285,7 @@ class Replica:
         if waiting >= self._limits.max_waiting:
             job.fate = "refused"
             self._over(job, now)
-        elif job.adapter in self._store:
+        elif self._has(job.adapter):
             self._deliver(lambda: self._enqueue(job), now)
         else:
             job.tier = SOURCE
@@ -230,6 +293,16 @@ class Replica:
             jobs.append(job)
             if len(jobs) == 1:
                 self._fetch(job.adapter, now)
+
+    def _has(self, adapter: int) -> bool:
+        if adapter in self._store:
+            return True
+        if adapter >= len(self._on_disk) or not self._on_disk[adapter]:
+            return False
+        self._on_disk[adapter] = 0
+        self._host.know(adapter, self._limits.adapter_bytes)
+        self._store.know(self._finished(adapter))
+        return True
 
     def die(self) -> list[Job]:
         """Stop at once; returns the jobs that it had."""
@@ -351,20 +424,21 @@ class Replica:
     def _begin(self, batch: Batch, now: float) -> _Flight:
         scheduler, costs = self._scheduler, self._costs
         prompt_tokens = sum(length for _, length in batch.prefills)
-        adapters = len({s.adapter for s in batch.sequences} - {None})
-        seconds = costs.seconds(len(batch.decodes), prompt_tokens, adapters, len(batch.loads))
+        decodes = batch.decodes
+        adapters = {sequence.adapter for sequence in decodes}
+        adapters.update(sequence.adapter for sequence, _ in batch.prefills)
+        seconds = costs.seconds(len(decodes), prompt_tokens, len(adapters), len(batch.loads))
         steps = 1
-        # One with a single token of its prompt left decodes too, but its next token is its first.
-        everybody = len(batch.decodes) == scheduler.running and all(
-            sequence.generated for sequence in batch.decodes
-        )
-        if self._jump and everybody and not batch.loads and not scheduler.waiting:
-            steps = min(s.prompt_length + s.max_new_tokens - len(s.tokens) for s in batch.decodes)
+        calm = self._jump and not (batch.loads or batch.prefills or scheduler.waiting)
+        everybody = calm and len(decodes) == scheduler.running
+        # With a single token of its prompt left one decodes too, but its next token is its first.
+        if everybody and all(len(each.tokens) > each.prompt_length for each in decodes):
+            steps = min([each.end - len(each.tokens) for each in decodes])
         seconds *= costs.factor(self._rng, steps, prompts=prompt_tokens > 0) * self._pace.at(now)
         if self._loading.now is not None:
             beside = min(seconds * steps, self._loading.until - now)
             seconds += costs.beside_load * beside / steps
-        return _Flight(batch, now, seconds, steps)
+        return _Flight(batch, prompt_tokens, now, seconds, steps)
 
     def _land(self, flight: _Flight, now: float) -> None:
         """Take in the results of a step."""
@@ -374,27 +448,30 @@ class Replica:
         self._flight = None
         self.busy_seconds += now - flight.start
         if flight.steps > 1:
+            assert isinstance(scheduler, _Scheduler)
             scheduler.skip(batch.decodes, flight.steps - 1)
-        for sequence, length in batch.prefills:
-            sequence.computed += length
         for sequence in batch.decodes:
             sequence.computed += 1
-        for sequence in batch.sequences:
-            if sequence.computed < len(sequence.tokens):
-                continue
-            sequence.tokens.append(1)
-            job = self._jobs[sequence.request_id]
-            if sequence.generated == 1:
-                job.first = now
-            if sequence.generated == job.new_tokens:
-                scheduler.finish(sequence)
-                del self._jobs[job.number]
-                job.end, job.fate = now, "done"
-                self._over(job, now)
-        prompt_tokens = sum(length for _, length in batch.prefills)
+            self._append(sequence, now)
+        for sequence, length in batch.prefills:
+            sequence.computed += length
+            if sequence.computed == len(sequence.tokens):
+                self._append(sequence, now)
         for _ in range(min(flight.steps, 20)):  # after that, nothing new is learned
-            self._budget.observe(len(batch.decodes), prompt_tokens, flight.each)
+            self._budget.observe(len(batch.decodes), flight.prompt_tokens, flight.each)
         self._run(now)
+
+    def _append(self, sequence: Sequence, now: float) -> None:
+        """A sequence has got a token."""
+        tokens = sequence.tokens
+        tokens.append(1)
+        if len(tokens) == sequence.prompt_length + 1:
+            self._jobs[sequence.request_id].first = now
+        if len(tokens) == sequence.end:
+            self._scheduler.finish(sequence)
+            job = self._jobs.pop(sequence.request_id)
+            job.end, job.fate = now, "done"
+            self._over(job, now)
 
     def _later(self, when: float, call: Callable[[float], object]) -> None:
         def unless_dead(now: float) -> None:

@@ -59,6 +59,8 @@ class FairQueue:
     def __init__(self) -> None:
         self._flows: dict[tuple[int | None, int], Flow] = {}
         """By adapter and priority. Kept while its adapter is, or it would be forgiven its debt."""
+        self._active: set[Flow] = set()
+        """Those with sequences that wait or run: few of those that are kept."""
         self._flow_of: dict[int, Flow] = {}
         """Of waiting sequences, by request."""
         self._level = 0
@@ -80,15 +82,16 @@ class FairQueue:
         flow = self.flow(sequence)
         flow.weight = _weight(sequence)  # the adapter's may have changed
         if not (flow.waiting or flow.admitted):
-            active = (other for other in self._flows.values() if other.waiting or other.admitted)
-            least = min((other.counter for other in active), default=self._level)
+            least = min((other.counter for other in self._active), default=self._level)
             flow.counter = max(flow.counter, least)
+        self._active.add(flow)
         flow.waiting.append(sequence)
         self._flow_of[sequence.request_id] = flow
 
     def put_back(self, sequence: Sequence) -> None:
         """Queue a preempted sequence: it is its flow's next."""
         flow = self.flow(sequence)
+        self._active.add(flow)
         flow.waiting.appendleft(sequence)
         self._flow_of[sequence.request_id] = flow
 
@@ -101,7 +104,9 @@ class FairQueue:
 
     def ended(self, sequence: Sequence) -> None:
         """A sequence that was admitted runs no more; if it was preempted, it is ``put_back``."""
-        self.flow(sequence).admitted -= 1
+        flow = self.flow(sequence)
+        flow.admitted -= 1
+        self._settle(flow)
 
     def withdraw(self, request_id: int) -> bool:
         """Take a sequence out; whether there was one."""
@@ -109,10 +114,13 @@ class FairQueue:
         if flow is None:
             return False
         flow.waiting = deque(each for each in flow.waiting if each.request_id != request_id)
+        self._settle(flow)
         return True
 
     def backlogged(self) -> Iterator[Flow]:
         """The flows that have sequences waiting."""
+        if not self._flow_of:
+            return iter(())
         return (flow for flow in self._flows.values() if flow.waiting)
 
     def charge_prompt(self, sequence: Sequence, length: int) -> None:
@@ -143,6 +151,8 @@ class FairQueue:
         waiting = {s.request_id: flow for flow in self._flows.values() for s in flow.waiting}
         if waiting != self._flow_of:
             found.append(f"flows hold {sorted(waiting)}, not {sorted(self._flow_of)}")
+        if self._active != {f for f in self._flows.values() if f.waiting or f.admitted}:
+            found.append("other flows are active than have sequences")
         for key, flow in self._flows.items():
             if any((s.adapter, s.priority) != key for s in flow.waiting):
                 found.append(f"flow {key} holds a sequence of another")
@@ -151,3 +161,7 @@ class FairQueue:
             if flow.weight < 1:
                 found.append(f"flow {key} has weight {flow.weight}: it would starve")
         return found
+
+    def _settle(self, flow: Flow) -> None:
+        if not (flow.waiting or flow.admitted):
+            self._active.discard(flow)

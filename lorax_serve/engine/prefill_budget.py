@@ -58,4 +58,6 @@ class PrefillBudget:
             return 0.0
         if not self._alone:
             return None
+        if decodes in self._alone:
+            return self._alone[decodes]
         return self._alone[min(self._alone, key=lambda known: abs(known - decodes))]

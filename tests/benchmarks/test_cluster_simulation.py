@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +18,13 @@ from benchmarks.cluster_simulation.cluster import Change, Cluster
 from benchmarks.cluster_simulation.costs import Costs, Loaded, Pace, Step, fit, pace_of
 from benchmarks.cluster_simulation.figures import of_jobs
 from benchmarks.cluster_simulation.replica import Job, Limits, Replica
+from benchmarks.cluster_simulation.roofline import CONFIG, DTYPE, roofline
 from benchmarks.cluster_simulation.routing import POLICIES, Residency, RingHash, RoundRobin
-from benchmarks.cluster_simulation.workload import jobs
+from benchmarks.cluster_simulation.warm import warm
+from benchmarks.cluster_simulation.workload import jobs, shares
+from lorax_serve.checkpoint.spec_cache import load_spec
+from lorax_serve.cli.capacity import Demand, Memory, plan
+from lorax_serve.cli.devices import DEVICES
 from lorax_serve.core import AdapterTier
 from lorax_serve.engine.adapter_slots import AdapterSlots
 from lorax_serve.engine.host_cache import HostCache
@@ -121,6 +129,50 @@ def test_passing_over_equal_steps_changes_nothing(rate: float) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("slots", [2, 4, 8])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_simulated_scheduling_decides_as_the_engines_own(policy: str, slots: int) -> None:
+    found = []
+    for exact in (True, False):
+        some = work(rate=60.0)
+        limits = replace(LIMITS, adapter_slots=slots, adapter_quantum=8, fetch_seconds=0.1)
+        cluster = ran(POLICIES[policy](), some, limits=limits, exact=exact, jump=False)
+        assert all(not replica.problems() for replica in cluster.replicas.values())
+        found.append((seen(some), [each.put for each in cluster.replicas.values()]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_warm_start_is_where_traffic_would_have_led(policy: str) -> None:
+    # Few requests and many adapters: no bound is reached, and memory holds some of them.
+    limits = replace(LIMITS, max_adapter_bytes=150, shared=False)
+    popular = shares(200, 1.0)
+    cold, after = POLICIES[policy](), POLICIES[policy]()
+    some = work(6000, rate=20.0, adapters=200)
+    ran(cold, some, limits=limits)
+    cluster = Cluster(after, limits, NOISY, 5)
+    warm(after, cluster.replicas, popular, 200, seed=0)
+    again = work(3000, rate=20.0, adapters=200, seed=1)
+    cluster.run(again)
+    expected, found = of_jobs(some[3000:]), of_jobs(again)
+    for tier in ("device", "host"):  # even 3,000 requests do not ask for all of the tail
+        assert found[f"found_{tier}"] == pytest.approx(expected[f"found_{tier}"], abs=0.05)
+    assert all(not replica.problems() for replica in cluster.replicas.values())
+
+
+def test_a_warm_replica_has_on_disk_what_it_is_said_to_have() -> None:
+    replica, run = lone(LIMITS)
+    replica.warm(list(range(20)), 40)
+    assert replica.disk == 20
+    found = {}
+    for number, adapter in enumerate((0, 5, 19, 30)):
+        run(job := Job(number, 10.0 * number, adapter, 4, 2))
+        found[adapter] = job.tier
+    assert found == {0: "device", 5: "host", 19: "disk", 30: "source"}
+    assert replica.disk == 21
+    assert not replica.problems()
+
+
 def lone(limits: Limits) -> tuple[Replica, Callable[[Job], None]]:
     """A replica, and what runs a job on it to its end."""
     events: list[tuple[float, Callable[[float], None]]] = []
@@ -172,6 +224,29 @@ def test_tiers_are_the_engines_own_on_the_same_trace(shared: bool) -> None:
     assert {a for a, t in tiers.items() if t is AdapterTier.DEVICE} == set(slots)
     assert {a for a in known if a in host} >= {a for a, t in tiers.items() if t is AdapterTier.HOST}
     assert not replica.problems()
+
+
+def test_what_is_asked_for_more_than_a_replica_may_have_has_more_homes() -> None:
+    router = filled(RingHash(), dict.fromkeys(range(30), 0))
+    for share, least in ((0.0001, 1), (0.1, 2), (0.5, 10)):
+        homes = router.homes(7, share)
+        assert sum(homes.values()) == pytest.approx(1, abs=0.01)
+        assert sum(part > 0.09 / least for part in homes.values()) >= least
+        assert next(iter(homes)) == router.choose(7)
+    unbound = filled(RingHash(balance_factor=0), {0: 0, 1: 0})
+    assert unbound.homes(7, 0.9) == {unbound.choose(7): 1.0}
+    assert RoundRobin().homes(7, 0.5) is None
+
+
+def test_the_roofline_is_that_of_lorax_plan(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    spec, h100 = load_spec(tmp_path), DEVICES["h100"]
+    demand = Demand(1000, 16, "all-linear", 1.0, 128, 64, 0.7)
+    figures = plan(spec, DTYPE, demand, h100, Memory(None, None), batch_size=32).figures
+    given = argparse.Namespace(context=160, link_bandwidth=64e9, disk_bandwidth=2e9)
+    costs = roofline(spec, h100, int(figures["adapter"].value), given)
+    assert costs.seconds(32, 0, 32, 0) == pytest.approx(figures["step"].value)
+    assert 128 * costs.prompt_token == pytest.approx(figures["prompt"].value)
 
 
 def filled(router: RingHash, counts: dict[int, int]) -> RingHash:
