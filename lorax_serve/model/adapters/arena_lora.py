@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from lorax_serve.checkpoint.spec import Site
-from lorax_serve.checkpoint.weights import Norm
 from lorax_serve.core import BASE
 from lorax_serve.gpu.lora import LoRAPlan, SiteShape
 from lorax_serve.gpu.ops import LoRAExpand, LoRAShrink
 from lorax_serve.model.adapters.arena import Arena, ArenaAdapter
 from lorax_serve.model.adapters.folded import FoldedAdapter
-from lorax_serve.model.adapters.lora_ops import change_embeddings
-from lorax_serve.model.adapters.multi_lora import rows_by_slot
+from lorax_serve.model.adapters.multi_lora import BeyondLoRA, rows_by_slot
 from lorax_serve.model.copies import Copied, to_device
 
-__all__ = ["DECODE_CHUNK", "PROMPT_CHUNK", "ArenaBatch", "ArenaLoRA", "LoRAOps"]
+__all__ = ["DECODE_CHUNK", "PROMPT_CHUNK", "ArenaBatch", "ArenaLoRA", "LoRAOps", "rank_room"]
 
 DECODE_CHUNK = 16
 PROMPT_CHUNK = 64
@@ -55,7 +53,7 @@ class _Planned:
 
 
 @dataclass(frozen=True, slots=True)
-class ArenaBatch:
+class ArenaBatch(BeyondLoRA):
     """How adapters apply to one step's rows; calls as ``multi_lora.LoRABatch``'s.
 
     Attributes:
@@ -77,25 +75,6 @@ class ArenaBatch:
     def plain(self) -> bool:
         """Whether ``add`` is all there is to do in the layers; the output may still change."""
         return not self.others
-
-    def embed(self, token_ids: torch.Tensor, x: torch.Tensor) -> None:
-        """See ``LoRABatch.embed``."""
-        for rows, adapter in self.others:
-            if adapter.embedding is not None:
-                x[rows] = change_embeddings(x[rows], token_ids[rows], adapter.embedding)
-
-    def norm(
-        self,
-        site: int,
-        x: torch.Tensor,
-        h: torch.Tensor,
-        normed: Callable[[torch.Tensor, Norm], torch.Tensor],
-    ) -> None:
-        """See ``LoRABatch.norm``."""
-        for rows, adapter in self.others:
-            lora = adapter.sites[site]
-            if lora is not None and lora.norm is not None:
-                h[rows] = normed(x[rows], lora.norm)
 
     def add(self, site: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> None:
         """See ``LoRABatch.add``."""
@@ -222,7 +201,7 @@ class ArenaLoRA:
             torch.full((chunks,), -1, dtype=torch.int64, device=self._device),
             torch.full((chunks, chunk), -1, dtype=torch.int32, device=self._device),
             chunk,
-            _power_of_two(max_rank),
+            rank_room(max_rank),
         )
         everywhere = range(len(self._shapes))
         planned = [_Planned(0, rows, plan, everywhere)]
@@ -280,7 +259,7 @@ class ArenaLoRA:
         for first, end, chunk, rows_of in parts:
             blobs, rows = self._chunks(rows_of, first, chunk)
             if blobs:
-                max_rank = _power_of_two(self.max_rank(list(rows_of)))
+                max_rank = rank_room(self.max_rank(list(rows_of)))
                 plan = LoRAPlan(*self._tensors(blobs, rows), chunk, max_rank)
                 sites = frozenset().union(*(self._slots[slot].sites for slot in rows_of))
                 planned.append(_Planned(first, end, plan, sites))
@@ -314,6 +293,6 @@ class ArenaLoRA:
         )
 
 
-def _power_of_two(rank: int) -> int:
-    """At least 16."""
+def rank_room(rank: int) -> int:
+    """``LoRAPlan.max_rank`` for adapters of this rank: the next power of two, at least 16."""
     return max(16, 1 << (rank - 1).bit_length())

@@ -19,25 +19,17 @@ from lorax_serve.model.adapters.lora_ops import (
     scale_and_shift,
 )
 
-__all__ = ["LoRABatch", "MultiLoRA", "rows_by_slot"]
+__all__ = ["BeyondLoRA", "LoRABatch", "MultiLoRA", "rows_by_slot"]
 
 
-@dataclass(slots=True)
-class LoRABatch:
-    """How LoRA applies to one step's rows: the first rows decode, the others are prompts.
+class BeyondLoRA:
+    """What a step's adapters do that is not at a linear.
 
     Attributes:
-        num_decodes: rows that get the stacked, masked product.
-        stacked: one entry a site, None where no decoding row's adapter has LoRA.
-        foreign: one entry a site, see ``add_lora_masked``.
-        segments: first row, end row and adapter of each prompt that has one.
         others: rows, int64 ``[n]``, of each adapter that does more than LoRA.
     """
 
-    num_decodes: int
-    stacked: Sequence[StackedLoRA | None]
-    foreign: Sequence[torch.Tensor | None]
-    segments: Sequence[tuple[int, int, FoldedAdapter]]
+    __slots__ = ()
     others: Sequence[tuple[torch.Tensor, FoldedAdapter]]
 
     def embed(self, token_ids: torch.Tensor, x: torch.Tensor) -> None:
@@ -58,6 +50,25 @@ class LoRABatch:
             lora = adapter.sites[site]
             if lora is not None and lora.norm is not None:
                 h[rows] = normed(x[rows], lora.norm)
+
+
+@dataclass(slots=True)
+class LoRABatch(BeyondLoRA):
+    """How LoRA applies to one step's rows: the first rows decode, the others are prompts.
+
+    Attributes:
+        num_decodes: rows that get the stacked, masked product.
+        stacked: one entry a site, None where no decoding row's adapter has LoRA.
+        foreign: one entry a site, see ``add_lora_masked``.
+        segments: first row, end row and adapter of each prompt that has one.
+        others: rows, int64 ``[n]``, of each adapter that does more than LoRA.
+    """
+
+    num_decodes: int
+    stacked: Sequence[StackedLoRA | None]
+    foreign: Sequence[torch.Tensor | None]
+    segments: Sequence[tuple[int, int, FoldedAdapter]]
+    others: Sequence[tuple[torch.Tensor, FoldedAdapter]]
 
     def add(self, site: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Do what every row's adapter does at ``site``.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorax_serve.model.adapters.arena_lora import ArenaBatch
+from lorax_serve.model.adapters.arena_lora import ArenaBatch, rank_room
 from lorax_serve.model.copies import to_device
 from lorax_serve.model.decoders.paged_cache import PagedKVCache
 from lorax_serve.model.decoders.paged_decoder import PagedDecoder, Rows
@@ -141,7 +141,7 @@ class DecodeGraphs:
         if needed := lora.chunks_needed(adapters):
             counts = _chunk_counts(size)
             chunks = counts[bisect_left(counts, needed)]
-            key = _Key(size, chunks, max(_USUAL_RANK, _power_of_two(lora.max_rank(adapters))))
+            key = _Key(size, chunks, max(_USUAL_RANK, rank_room(lora.max_rank(adapters))))
         graph = self._graph(key)
         padding = [-1] * (size - rows)
         zeros = [0] * (size - rows)
@@ -200,7 +200,3 @@ def _chunk_counts(rows: int) -> list[int]:
     while counts[-1] < rows:
         counts.append(min(counts[-1] * 4, rows))
     return counts
-
-
-def _power_of_two(rank: int) -> int:
-    return 1 << (rank - 1).bit_length()
