@@ -8,7 +8,7 @@ from typing import Any
 
 import kubernetes_validate
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
-from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
+from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule, ServiceMonitor
 from pydantic import BaseModel, ValidationError
 
 __all__ = ["KUBERNETES", "problems"]
@@ -18,6 +18,7 @@ KUBERNETES = ("1.32", "1.37")
 
 _CUSTOM: dict[str, type[BaseModel]] = {
     "ScaledObject": ScaledObject,
+    "PodMonitor": PodMonitor,
     "ServiceMonitor": ServiceMonitor,
     "PrometheusRule": PrometheusRule,
 }

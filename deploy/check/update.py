@@ -14,9 +14,12 @@ __all__ = ["COPIES", "GOLDEN", "without_golden"]
 
 GOLDEN = helm.ROOT / "tests" / "deploy" / "golden"
 _MONITORING = helm.ROOT / "deploy" / "monitoring"
+_GATEWAY = helm.ROOT / "deploy" / "gateway"
 COPIES = {
     helm.CHART / "files" / "rules.yaml": _MONITORING / "rules" / "lorax.yaml",
     helm.CHART / "files" / "dashboard.json": _MONITORING / "grafana" / "lorax.json",
+    helm.CHART / "files" / "envoy.yaml": _GATEWAY / "envoy.yaml",
+    helm.CHART / "files" / "drain.sh": _GATEWAY / "drain.sh",
 }
 """Helm reads nothing outside a chart, so it has copies of what is elsewhere."""
 

@@ -24,6 +24,7 @@ PROOFS: tuple[Callable[[Cluster], Awaitable[dict[str, Any]]], ...] = (
     proofs.adapter_loads,
     proofs.manifest,
     proofs.rolling_restart,
+    proofs.gateway_drain,
     proofs.kill,
 )
 

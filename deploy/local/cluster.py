@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.adapters import write_random_adapter
-from deploy.local.gateway import gateway
+from deploy.local.gateway import Gateway, Ports
 from deploy.local.manifest import BUCKET, ManifestFile, credentials, push
 from deploy.local.processes import Process, free_port, wait_until
 from deploy.local.prometheus import RULES, Prometheus, find_prometheus, prometheus
@@ -24,7 +24,7 @@ from deploy.monitoring.durations import shortened
 from lorax_serve.store.digest import digest_of
 from tests.helpers import TINY_LLAMA, save_tiny_model
 
-__all__ = ["NAMES", "TIMES", "WATCH_SECONDS", "Cluster", "Replica"]
+__all__ = ["NAMES", "SERVICE", "TIMES", "WATCH_SECONDS", "Cluster", "Replica"]
 
 SERVICE = "lorax-serve-headless"
 ADDRESSES = ("127.0.0.11", "127.0.0.12", "127.0.0.13")
@@ -92,8 +92,7 @@ class Cluster:
         processes: all that run, in the order of their start: ``run`` adds to them.
         replicas: the servers.
         manifest: what they serve.
-        gateway: the address of Envoy, which routes by adapter.
-        round_robin: that of one that does not.
+        gateways: two that route by adapter, and one that does not.
         prometheus: watches the replicas; None if it is not installed.
     """
 
@@ -101,10 +100,20 @@ class Cluster:
         self.processes: list[Process] = []
         self.replicas: list[Replica] = []
         self.manifest = ManifestFile(directory / "config")
-        self.gateway = self.round_robin = ""
+        self.gateways: list[Gateway] = []
         self.prometheus: Prometheus | None = None
         self._directory = directory
         self._digests: dict[str, str] = {}
+
+    @property
+    def gateway(self) -> str:
+        """The address of Envoy, which routes by adapter."""
+        return self.gateways[0].address
+
+    @property
+    def round_robin(self) -> str:
+        """That of one that does not."""
+        return self.gateways[-1].address
 
     def start(self) -> None:
         """Bring everything up; at the end every replica serves all adapters.
@@ -201,16 +210,12 @@ class Cluster:
         names = free_port("127.0.0.1")
         command = [sys.executable, "-m", "deploy.local.name_server", str(names), SERVICE]
         self.run(Process("name-server", [*command, *ADDRESSES], self._directory))
-        addresses = []
-        for round_robin in (False, True):
-            port, admin = free_port("127.0.0.1"), free_port("127.0.0.1")
-            envoy = gateway(
-                self._directory, port, admin, self._port, names, round_robin=round_robin
-            )
-            healthy = f"http://127.0.0.1:{admin}/clusters"
-            self.run(envoy, lambda url=healthy: _healthy(url) == len(ADDRESSES))  # type: ignore[misc]
-            addresses.append(f"127.0.0.1:{port}")
-        self.gateway, self.round_robin = addresses
+        for name in ("envoy", "envoy-second", "envoy-round-robin"):
+            listener, admin, status = (free_port("127.0.0.1") for _ in range(3))
+            ports = Ports(listener, admin, status, self._port, names)
+            each = Gateway(name, ports, self._directory, round_robin=name == "envoy-round-robin")
+            self.run(each.process, lambda each=each: each.healthy() == len(ADDRESSES))  # type: ignore[misc]
+            self.gateways.append(each)
 
     def _monitoring(self) -> None:
         if find_prometheus() is None:
@@ -225,12 +230,3 @@ class Cluster:
 def _listens(port: int) -> bool:
     with closing(socket.socket()) as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _healthy(url: str) -> int:
-    """How many replicas Envoy sends requests to."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return str(answer.read(), "utf-8").count("::health_flags::healthy")
-    except OSError:
-        return 0

@@ -6,13 +6,17 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import urllib.request
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from deploy.local.processes import Process
 
-__all__ = ["find_envoy", "gateway"]
+__all__ = ["CONFIG", "DRAIN", "Gateway", "Ports", "find_envoy"]
 
 CONFIG = Path(__file__).resolve().parents[1] / "gateway" / "envoy.yaml"
+DRAIN = CONFIG.parent / "drain.sh"
 _VENV = CONFIG.parents[2] / ".venv-gateway"
 
 
@@ -22,44 +26,94 @@ def find_envoy() -> str | None:
     return os.environ.get("ENVOY") or (str(own) if own.exists() else shutil.which("envoy"))
 
 
-def gateway(
-    logs: Path, listener: int, admin: int, replica: int, name_server: int, *, round_robin: bool
-) -> Process:
-    """Envoy, to be started.
+class Ports(NamedTuple):
+    """Where an Envoy is, and what it asks, on the loopback.
+
+    Attributes:
+        listener: for calls.
+        admin: for whoever runs it.
+        status: for probes and Prometheus.
+        replica: that all replicas have.
+        name_server: of the name server.
+    """
+
+    listener: int
+    admin: int
+    status: int
+    replica: int
+    name_server: int
+
+
+class Gateway:
+    """One Envoy, to be started.
 
     Args:
+        name: of its log.
+        ports: its own, and those of others.
         logs: directory of its log and of the file that it reads.
-        listener: its port, on 127.0.0.1.
-        admin: the port of its statistics.
-        replica: the port that all replicas have.
-        name_server: the port of the name server.
         round_robin: whether it ignores adapters, to compare.
+
+    Attributes:
+        process: of it.
+        address: for calls.
     """
-    envoy = find_envoy()
-    assert envoy is not None, "there is no envoy: run make gateway-setup"
+
+    def __init__(self, name: str, ports: Ports, logs: Path, *, round_robin: bool = False) -> None:
+        envoy = find_envoy()
+        assert envoy is not None, "there is no envoy: run make gateway-setup"
+        rendered = logs / f"{name}.yaml"
+        rendered.write_text(_configuration(ports, round_robin))
+        command = [envoy, "-c", str(rendered), "--config-yaml", json.dumps(_resolver(ports))]
+        # As the chart has it, but for threads.
+        command += ["--disable-hot-restart", "--concurrency", "1", "--log-level", "warning"]
+        self.process = Process(name, [*command, "--drain-time-s", "10"], logs)
+        self.address = f"127.0.0.1:{ports.listener}"
+        self._ports = ports
+
+    def healthy(self) -> int:
+        """How many replicas it sends requests to; 0 too if it does not answer."""
+        try:
+            url = f"http://127.0.0.1:{self._ports.admin}/clusters"
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                lines = str(answer.read(), "utf-8").splitlines()
+        except OSError:
+            return 0
+        return sum(each.startswith("lorax::") and "flags::healthy" in each for each in lines)
+
+    def drain(self, seconds: int) -> None:
+        """What Kubernetes does before SIGTERM; waits until that has ended."""
+        command = ["bash", str(DRAIN), str(seconds), str(self._ports.admin)]
+        subprocess.run(command, check=True)
+
+    @property
+    def status(self) -> str:
+        """Where probes and Prometheus ask, as ``host:port``."""
+        return f"127.0.0.1:{self._ports.status}"
+
+
+def _configuration(ports: Ports, round_robin: bool) -> str:
     text = CONFIG.read_text().replace("0.0.0.0", "127.0.0.1")
-    for name, port in (("listener", listener), ("admin", admin), ("replica", replica)):
-        text, found = re.subn(rf"port_value: \d+ }}  # {name} port", f"port_value: {port} }}", text)
-        assert found == 1, f"{CONFIG} has no line for the {name} port"
+    for name in ("listener", "admin", "status", "replica"):
+        here = f"port_value: {getattr(ports, name)} }}"
+        text, found = re.subn(rf"port_value: \d+ }}  # {name} port", here, text)
+        assert found, f"{CONFIG} has no line for the {name} port"
     if round_robin:
         text, found = re.subn(r"RING_HASH\n +ring_hash_lb_config: .*", "ROUND_ROBIN", text)
         assert found == 1, f"{CONFIG} has no RING_HASH"
-    name = "envoy-round-robin" if round_robin else "envoy"
-    rendered = logs / f"{name}.yaml"
-    rendered.write_text(text)
+    return text
+
+
+def _resolver(ports: Ports) -> dict[str, Any]:
+    """What tells Envoy of the name server."""
     cares = "type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3"
-    resolver = {
+    address = {"address": "127.0.0.1", "port_value": ports.name_server}
+    return {
         "typed_dns_resolver_config": {
             "name": "envoy.network.dns_resolver.cares",
             "typed_config": {
                 "@type": f"{cares}.CaresDnsResolverConfig",
-                "resolvers": [
-                    {"socket_address": {"address": "127.0.0.1", "port_value": name_server}}
-                ],
+                "resolvers": [{"socket_address": address}],
                 "dns_resolver_options": {"no_default_search_domain": True},
             },
         }
     }
-    command = [envoy, "-c", str(rendered), "--config-yaml", json.dumps(resolver)]
-    command += ["--disable-hot-restart", "--concurrency", "1", "--log-level", "warning"]
-    return Process(name, command, logs)

@@ -10,10 +10,11 @@ from typing import Any
 
 from deploy.local.cluster import NAMES, SPARE, WATCH_SECONDS, Cluster, Replica
 from deploy.local.load import Calls, Load, even, power_law
+from deploy.local.processes import wait_until
 from lorax_serve.client import AsyncClient
 from lorax_serve.errors import LoraxError
 
-__all__ = ["adapter_loads", "affinity", "kill", "manifest", "rolling_restart"]
+__all__ = ["adapter_loads", "affinity", "gateway_drain", "kill", "manifest", "rolling_restart"]
 
 # Tokens that take seconds, and almost all that a sequence may have.
 _LONG = 8000
@@ -59,6 +60,37 @@ async def rolling_restart(cluster: Cluster) -> dict[str, Any]:
         "failed": len(both.failed),
         "errors": both.errors,
         "details": both.details,
+    }
+
+
+async def gateway_drain(cluster: Cluster) -> dict[str, Any]:
+    """One of two gateways goes as Kubernetes lets it go, under load, and comes back. New connections
+    find one that takes them, as behind a Service."""
+    first, second, _ = cluster.gateways
+    both = f"ipv4:{first.address},{second.address}"
+    async with (
+        Load(both) as load,
+        load.running(even(NAMES), at_once=4) as short,
+        load.running(even(NAMES, seed=1), at_once=3, tokens=_LONG) as long,
+    ):
+        await asyncio.sleep(1)
+        began = time.monotonic()
+        await asyncio.to_thread(first.drain, 60)
+        drained = time.monotonic()
+        code = await asyncio.to_thread(first.process.stop)
+        await asyncio.sleep(1)
+        after = sum(call.started > drained for call in short.ended)
+    first.process.start()
+    await asyncio.to_thread(wait_until, lambda: first.healthy() == 3, first.process)
+    calls = Calls(short.ended + long.ended)
+    return {
+        "calls": len(short.ended),
+        "long_streams": len(long.ended),
+        "failed": len(calls.failed),
+        "errors": calls.errors,
+        "drain_seconds": round(drained - began, 1),
+        "exit_code": code,
+        "calls_after": after,
     }
 
 

@@ -52,6 +52,15 @@ async def test_a_rolling_restart_fails_no_call(cluster: Cluster) -> None:
     assert found["long_streams"] > 3
 
 
+async def test_a_gateway_that_goes_breaks_no_stream(cluster: Cluster) -> None:
+    found = await proofs.gateway_drain(cluster)
+    assert found["errors"] == {}
+    assert found["failed"] == found["exit_code"] == 0
+    assert found["long_streams"] > 3
+    assert found["calls_after"] > 0
+    assert found["drain_seconds"] < 60
+
+
 async def test_a_killed_replica_takes_along_only_what_it_was_doing(cluster: Cluster) -> None:
     found = await proofs.kill(cluster)
     assert found["long_of_victim"] == found["long_failed"] == 2

@@ -10,6 +10,8 @@ import yaml
 
 from deploy.check import helm
 from deploy.check.update import COPIES, GOLDEN, without_golden
+from deploy.local.cluster import SERVICE
+from deploy.local.gateway import CONFIG, DRAIN
 from lorax_serve import __version__
 from lorax_serve.cli import serve
 from lorax_serve.config import EngineConfig, ServerConfig
@@ -26,13 +28,28 @@ def renders() -> dict[str, str]:
     return {values.stem: helm.render(HELM, values) for values in helm.VARIANTS}
 
 
+def lines(text: str) -> list[str]:
+    """Those that are not empty, which ``render`` leaves out."""
+    return [line for line in text.splitlines() if line.strip()]
+
+
 def objects(text: str, kind: str) -> list[Any]:
     return [each for each in yaml.safe_load_all(text) if each["kind"] == kind]
 
 
-def pod_of(text: str) -> Any:
-    (deployment,) = objects(text, "Deployment")
-    return deployment["spec"]["template"]["spec"]
+def deployments(text: str) -> dict[str, Any]:
+    """By the name of their first container."""
+    found = objects(text, "Deployment")
+    return {each["spec"]["template"]["spec"]["containers"][0]["name"]: each for each in found}
+
+
+def pod_of(text: str, container: str = "lorax-serve") -> Any:
+    return deployments(text)[container]["spec"]["template"]["spec"]
+
+
+def named(text: str, kind: str, name: str) -> Any:
+    (found,) = (each for each in objects(text, kind) if each["metadata"]["name"] == name)
+    return found
 
 
 @needs_helm
@@ -88,8 +105,7 @@ def test_autoscalers_wait_for_the_drain(renders: dict[str, str]) -> None:
     for behaviour in (scaler["spec"]["behavior"], keda["behavior"]):
         assert behaviour["scaleDown"]["stabilizationWindowSeconds"] >= 60
     for text in (renders["everything"], renders["keda"]):
-        (deployment,) = objects(text, "Deployment")
-        assert "replicas" not in deployment["spec"]
+        assert "replicas" not in deployments(text)["lorax-serve"]["spec"]
 
 
 @needs_helm
@@ -99,6 +115,57 @@ def test_the_manifest_is_the_files(renders: dict[str, str]) -> None:
     assert [each["name"] for each in adapters] == ["poet", "pilot", "local"]
     (flag,) = (a for a in pod_of(renders["everything"])["containers"][0]["args"] if "manifest" in a)
     assert Path(flag.partition("=")[2]).name in config["data"]
+
+
+@needs_helm
+def test_the_gateway_is_the_tested_one(renders: dict[str, str]) -> None:
+    files = named(renders["gateway"], "ConfigMap", "lorax-lorax-serve-gateway")["data"]
+    service = named(renders["gateway"], "Service", "lorax-lorax-serve-headless")
+    known = CONFIG.read_text().replace(SERVICE, service["metadata"]["name"])
+    assert lines(files["envoy.yaml"]) == lines(known)
+    assert lines(files["drain.sh"]) == lines(DRAIN.read_text())
+
+    pod = pod_of(renders["gateway"], "envoy")
+    (container,) = pod["containers"]
+    (mount,) = container["volumeMounts"]
+    config = container["args"][container["args"].index("--config-path") + 1]
+    _, script, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert {config, script} == {f"{mount['mountPath']}/{name}" for name in files}
+    assert pod["terminationGracePeriodSeconds"] > int(seconds)
+    listeners = yaml.safe_load(files["envoy.yaml"])["static_resources"]["listeners"]
+    ports = {each["name"]: each["address"]["socket_address"]["port_value"] for each in listeners}
+    assert ports == {each["name"]: each["containerPort"] for each in container["ports"]}
+
+
+@needs_helm
+def test_nothing_takes_a_gateway_for_a_replica(renders: dict[str, str]) -> None:
+    text = renders["gateway"]
+    labels = {
+        name: each["spec"]["template"]["metadata"]["labels"]
+        for name, each in deployments(text).items()
+    }
+    selectors = [
+        each["spec"].get("selector") or each["spec"]["podSelector"]
+        for kind in ("Service", "PodDisruptionBudget", "NetworkPolicy", "PodMonitor", "Deployment")
+        for each in objects(text, kind)
+    ]
+    for selector in selectors:
+        wanted = selector.get("matchLabels", selector)
+        selected = [name for name, having in labels.items() if wanted.items() <= having.items()]
+        assert len(selected) == 1
+    # The rules take every job that is named after lorax for one of replicas.
+    (monitor,) = objects(text, "PodMonitor")
+    assert labels["envoy"][monitor["spec"]["jobLabel"]] == "gateway"
+
+
+@needs_helm
+def test_calls_reach_replicas_through_the_gateway_alone(renders: dict[str, str]) -> None:
+    policy = named(renders["gateway"], "NetworkPolicy", "lorax-lorax-serve")
+    calls, _ = policy["spec"]["ingress"]
+    (peer,) = calls["from"]
+    labels = deployments(renders["gateway"])["envoy"]["spec"]["template"]["metadata"]["labels"]
+    assert peer["podSelector"]["matchLabels"].items() <= labels.items()
+    assert "namespaceSelector" not in peer
 
 
 @needs_helm

@@ -19,6 +19,9 @@
 {{- $_ := set $flags "state" "/state/lorax" -}}
 {{- $_ := set $flags "watch-seconds" $v.adapters.watchSeconds -}}
 {{- end -}}
+{{- if and $v.gateway.enabled (not (hasKey $v.settings "linger-seconds")) -}}
+{{- $_ := set $flags "linger-seconds" 2 -}}{{/* four health checks of the gateway */}}
+{{- end -}}
 {{- range $name, $value := $v.settings -}}
 {{- if hasKey $flags $name -}}{{- fail (printf "settings.%s: the chart sets this flag from a value of its own" $name) -}}{{- end -}}
 {{- $_ := set $flags $name $value -}}

@@ -20,6 +20,22 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- define "lorax.labels" -}}
 {{ include "lorax.selector" . }}
+{{ include "lorax.release" . }}
+{{- end -}}
+
+{{/* The gateway's pods have a name of their own, so that nothing takes them for replicas. */}}
+{{- define "lorax.gateway.selector" -}}
+app.kubernetes.io/name: {{ include "lorax.name" . }}-gateway
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "lorax.gateway.labels" -}}
+{{ include "lorax.gateway.selector" . }}
+app.kubernetes.io/component: gateway
+{{ include "lorax.release" . }}
+{{- end -}}
+
+{{- define "lorax.release" -}}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
@@ -34,11 +50,11 @@ labels:
 {{- end -}}
 
 {{- define "lorax.image" -}}
-{{- if .Values.image.digest -}}
-{{ .Values.image.repository }}@{{ .Values.image.digest }}
-{{- else -}}
-{{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
+{{ include "lorax.imageOf" (merge (dict "tag" (default .Chart.AppVersion .Values.image.tag)) .Values.image) }}
 {{- end -}}
+
+{{- define "lorax.imageOf" -}}
+{{ .repository }}{{ ternary (printf "@%s" .digest) (printf ":%s" .tag) (ne .digest "") }}
 {{- end -}}
 
 {{- define "lorax.serviceAccount" -}}
