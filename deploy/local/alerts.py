@@ -15,6 +15,7 @@ __all__ = ["alerts"]
 
 # A quarter of an hour of the rules' time: longer than any of them waits for a replica or a queue.
 _CALM_SECONDS = 900 / TIMES
+_HEALTHY = 'envoy_cluster_membership_healthy{envoy_cluster_name="lorax"}'
 
 
 async def alerts(cluster: Cluster) -> dict[str, Any]:
@@ -29,6 +30,7 @@ async def alerts(cluster: Cluster) -> dict[str, Any]:
         await asyncio.sleep(_CALM_SECONDS)
         in_calm, calls_in_calm = await prometheus.fired(_CALM_SECONDS), len(calls.ended)
         serving = len(await prometheus.query("lorax_serving == 1"))  # it is no silence of the deaf
+        knowing = await prometheus.query(f"{_HEALTHY} == {len(cluster.replicas)}")
         await asyncio.to_thread(victim.process.kill)
         killed = time.monotonic()
         await prometheus.fires("LoraxReplicaDown", instance=instance)
@@ -44,6 +46,7 @@ async def alerts(cluster: Cluster) -> dict[str, Any]:
         "calm_seconds": _CALM_SECONDS,
         "calm_calls": calls_in_calm,
         "calm_serving": serving,
+        "calm_gateways": len(knowing),
         "fired_in_calm": in_calm,
         "fired_after_kill": after,
         "down_told_seconds": round(told - killed, 1),

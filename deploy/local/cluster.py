@@ -224,7 +224,9 @@ class Cluster:
         targets = [urlsplit(each.metrics).netloc for each in self.replicas]
         rules = shortened(RULES.read_text(encoding="utf-8"), TIMES)
         self.prometheus = Prometheus(port)
-        self.run(prometheus(self._directory, port, targets, rules), self.prometheus.ready)
+        gateways = [each.status for each in self.gateways]
+        process = prometheus(self._directory, port, targets, rules, gateways=gateways)
+        self.run(process, self.prometheus.ready)
 
 
 def _listens(port: int) -> bool:

@@ -28,7 +28,12 @@ def find_prometheus() -> str | None:
 
 
 def prometheus(
-    directory: Path, port: int, targets: Sequence[str], rules: str, scrape_seconds: float = 1.5
+    directory: Path,
+    port: int,
+    targets: Sequence[str],
+    rules: str,
+    scrape_seconds: float = 1.5,
+    gateways: Sequence[str] = (),
 ) -> Process:
     """One that scrapes ``targets`` and evaluates ``rules``, to be started.
 
@@ -39,13 +44,21 @@ def prometheus(
         rules: a rules file's text.
         scrape_seconds: from scrape to scrape, and what one may take: more than the second for which
             a server waits for an engine that hangs.
+        gateways: addresses of the status of Envoys, which make the job "gateway".
     """
     scrape = f"{round(scrape_seconds * 1000)}ms"
     (directory / "rules.yaml").write_text(rules, encoding="utf-8")
     settings = {
         "global": {"scrape_interval": scrape, "evaluation_interval": "1s"},
         "rule_files": ["rules.yaml"],
-        "scrape_configs": [{"job_name": "lorax", "static_configs": [{"targets": [*targets]}]}],
+        "scrape_configs": [
+            {"job_name": "lorax", "static_configs": [{"targets": [*targets]}]},
+            {
+                "job_name": "gateway",
+                "metrics_path": "/stats/prometheus",
+                "static_configs": [{"targets": [*gateways]}],
+            },
+        ],
     }
     config = directory / "prometheus.yml"
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")

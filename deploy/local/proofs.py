@@ -64,7 +64,7 @@ async def rolling_restart(cluster: Cluster) -> dict[str, Any]:
 
 
 async def gateway_drain(cluster: Cluster) -> dict[str, Any]:
-    """One of two gateways goes as Kubernetes lets it go, under load, and comes back. New connections
+    """One of two gateways goes as Kubernetes lets it, under load, and comes back. New connections
     find one that takes them, as behind a Service."""
     first, second, _ = cluster.gateways
     both = f"ipv4:{first.address},{second.address}"

@@ -29,7 +29,7 @@ async def test_alerts_tell_of_a_killed_replica_and_of_nothing_else(cluster: Clus
     assert found["fired_in_calm"] == []
     assert found["fired_after_kill"] == ["LoraxReplicaDown", "LoraxRestarted"]
     assert found["calm_calls"] > 100
-    assert found["calm_serving"] == 3
+    assert found["calm_serving"] == found["calm_gateways"] == 3
 
 
 async def test_affinity_saves_adapter_loads(cluster: Cluster) -> None:
