@@ -6,7 +6,7 @@ import functools
 import heapq
 import itertools
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks.cluster_simulation.costs import STEADY, Costs, Pace
@@ -66,6 +66,8 @@ class Cluster:
         self.gone: list[Replica] = []
         self.jobs: list[Job] = []
         self._open = 0
+        self._now = 0.0
+        self._next: Iterator[Job] = iter(())
         for number in range(replicas):
             self._join(number, 0.0)
 
@@ -91,6 +93,24 @@ class Cluster:
             call(now)
         return now
 
+    def run_closed(self, jobs: Iterable[Job], at_once: int) -> float:
+        """Keep ``at_once`` jobs under way until all are over; returns the time then. A job arrives
+        when it is sent: one whenever another is over. It goes on from an earlier run's time."""
+        self._next = iter(jobs)
+        for job in itertools.islice(self._next, at_once):
+            self._arrive(job, self._now)
+        events = self._events
+        while events and self._open:
+            self._now, _, call = heapq.heappop(events)
+            call(self._now)
+        return self._now
+
+    def _arrive(self, job: Job, now: float) -> None:
+        job.arrival = now
+        self.jobs.append(job)
+        self._open += 1
+        self._send(job, now)
+
     def _at(self, when: float, call: Callable[[float], object]) -> None:
         heapq.heappush(self._events, (when, next(self._order), call))
 
@@ -102,6 +122,14 @@ class Cluster:
     def _over(self, job: Job, now: float) -> None:
         self._open -= 1
         self._router.ended(job.replica)
+        following = next(self._next, None)
+        if following is not None:  # an event of its own: the replica is in the middle of a step
+            self._open += 1
+            self._at(now, functools.partial(self._follow, following))
+
+    def _follow(self, job: Job, now: float) -> None:
+        self._open -= 1
+        self._arrive(job, now)
 
     def _join(self, number: int, now: float) -> None:
         rng = random.Random(self._seed * 1_000_003 + number)

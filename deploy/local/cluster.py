@@ -24,7 +24,20 @@ from deploy.monitoring.durations import shortened
 from lorax_serve.store.digest import digest_of
 from tests.helpers import TINY_LLAMA, save_tiny_model
 
-__all__ = ["NAMES", "SERVICE", "TIMES", "WATCH_SECONDS", "Cluster", "Replica"]
+__all__ = [
+    "ADAPTER_BYTES",
+    "ADAPTER_SLOTS",
+    "ADDRESSES",
+    "MAX_BATCH_SIZE",
+    "NAMES",
+    "RESIDENT",
+    "SERVICE",
+    "SPARE",
+    "TIMES",
+    "WATCH_SECONDS",
+    "Cluster",
+    "Replica",
+]
 
 SERVICE = "lorax-serve-headless"
 ADDRESSES = ("127.0.0.11", "127.0.0.12", "127.0.0.13")
@@ -34,10 +47,12 @@ SPARE = "late"
 WATCH_SECONDS = 2.0
 TIMES = 20
 """How many times faster the rules are than the shipped ones."""
-_ADAPTER_SLOTS = 8
-# A third of the adapters is 20. Each takes so many bytes of a replica's host memory.
-_RESIDENT = 26
-_ADAPTER_BYTES = 28_160
+MAX_BATCH_SIZE = 32
+ADAPTER_SLOTS = 8
+RESIDENT = 26
+"""Adapters for which a replica has memory. A third of them is 20."""
+ADAPTER_BYTES = 28_160
+"""Of host memory that each takes."""
 
 
 class Replica:
@@ -188,9 +203,9 @@ class Cluster:
                 "state": self._directory / name,
                 "manifest": self.manifest.path,
                 "watch-seconds": WATCH_SECONDS,
-                "adapter-slots": _ADAPTER_SLOTS,
-                "max-adapter-bytes": _RESIDENT * _ADAPTER_BYTES,
-                "max-batch-size": 32,
+                "adapter-slots": ADAPTER_SLOTS,
+                "max-adapter-bytes": RESIDENT * ADAPTER_BYTES,
+                "max-batch-size": MAX_BATCH_SIZE,
                 "max-sequence-length": 8192,
                 "drain-seconds": 30,
                 # Envoy notices after two health checks.

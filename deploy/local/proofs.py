@@ -14,10 +14,26 @@ from deploy.local.processes import wait_until
 from lorax_serve.client import AsyncClient
 from lorax_serve.errors import LoraxError
 
-__all__ = ["adapter_loads", "affinity", "gateway_drain", "kill", "manifest", "rolling_restart"]
+__all__ = [
+    "AT_ONCE",
+    "CALLS",
+    "SEED",
+    "WARM_CALLS",
+    "WARM_SEED",
+    "adapter_loads",
+    "affinity",
+    "gateway_drain",
+    "kill",
+    "manifest",
+    "rolling_restart",
+]
 
 # Tokens that take seconds, and almost all that a sequence may have.
 _LONG = 8000
+WARM_CALLS, WARM_SEED = 600, 3
+CALLS, SEED = 2500, 4
+AT_ONCE = 6
+"""What ``adapter_loads`` asks for, which the simulation asks for too."""
 _READS = "lorax_adapter_reads_total"
 
 
@@ -161,23 +177,23 @@ async def manifest(cluster: Cluster) -> dict[str, Any]:
     }
 
 
-async def adapter_loads(cluster: Cluster, calls: int = 2500) -> dict[str, Any]:
+async def adapter_loads(cluster: Cluster) -> dict[str, Any]:
     """Reads of adapters into memory, for the same requests with and without affinity. Some are much
     more popular than others; a replica's memory holds 26 of 60."""
     loads: dict[str, float] = {}
     for name, target in (("round_robin", cluster.round_robin), ("ring_hash", cluster.gateway)):
         async with Load(target) as load:
             # The same requests once before, so that neither begins with what the other has left.
-            await load.run(power_law(NAMES, seed=3), 600, at_once=6, tokens=4)
+            await load.run(power_law(NAMES, seed=WARM_SEED), WARM_CALLS, AT_ONCE, tokens=4)
             before = await _reads(cluster)
-            done = await load.run(power_law(NAMES, seed=4), calls, at_once=6, tokens=4)
+            done = await load.run(power_law(NAMES, seed=SEED), CALLS, AT_ONCE, tokens=4)
             loads[name] = await _reads(cluster) - before
             loads[f"{name}_failed"] = len(done.failed)
             loads[f"{name}_busiest_over_mean"] = round(
-                max(done.by_replica().values()) * len(cluster.replicas) / calls, 3
+                max(done.by_replica().values()) * len(cluster.replicas) / CALLS, 3
             )
     ratio = loads["round_robin"] / max(1.0, loads["ring_hash"])
-    return {"calls": calls, **loads, "times_fewer": round(ratio, 1)}
+    return {"calls": CALLS, **loads, "times_fewer": round(ratio, 1)}
 
 
 async def _reads(cluster: Cluster) -> float:

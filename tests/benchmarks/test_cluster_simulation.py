@@ -95,6 +95,19 @@ def test_every_request_is_answered_once_whatever_happens_to_replicas(policy: str
     assert all(count == 0 for count in cluster._router.in_flight.values())
 
 
+def test_a_closed_loop_keeps_so_many_under_way_and_goes_on_later() -> None:
+    some, more = work(60), work(40, seed=1)
+    cluster = Cluster(RoundRobin(), LIMITS, NOISY, 3)
+    over = cluster.run_closed(some, 6)
+    assert {job.fate for job in some} == {"done"}
+    assert [job.arrival for job in some[:6]] == [0.0] * 6
+    # Each other one is sent when one is over, and so are as many under way at each end.
+    assert sorted(job.end for job in some)[:54] == [job.arrival for job in some[6:]]
+    assert max(job.end for job in some) == over
+    assert cluster.run_closed(more, 6) > over
+    assert [job.arrival for job in more[:6]] == [over] * 6
+
+
 def test_overload_is_refused_and_counted() -> None:
     some = work(rate=2000.0)
     ran(RoundRobin(), some, limits=replace(LIMITS, max_waiting=8))
