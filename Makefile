@@ -8,7 +8,7 @@ BENCHMARKS := offline over_grpc startup popularity many_adapters thrash cold_loa
 	long_prompt prefix load_disturbance load_scaling batch_invariance quantized_base
 
 .PHONY: setup demo elixir-guide test monitoring-check kernel-test fidelity lint proto bench bench-peers bench-train bench-all \
-	gpu-check gpu-check-kernels gpu-check-serving image image-check deploy-tools deploy-check \
+	gpu-check gpu-check-kernels gpu-check-serving image image-check deploy-tools deploy-check proto-released \
 	gateway-setup local-cluster clean
 
 setup: $(READY)
@@ -121,6 +121,11 @@ $(DEPLOY)/.ready: deploy/check/requirements.txt
 
 deploy-check: deploy-tools
 	$(DEPLOY)/bin/python -m deploy.check
+
+# The API that make deploy-check compares with becomes what it is now: at a release, or when a change
+# that breaks clients is meant.
+proto-released: deploy-tools
+	cd proto && ../$(DEPLOY)/bin/buf build --exclude-source-info --output released.binpb
 
 # Envoy for the tests of the gateway (tests/cluster), in an environment of its own.
 GATEWAY := .venv-gateway/bin/envoy

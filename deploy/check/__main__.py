@@ -69,7 +69,9 @@ def main() -> int:
         _policies(checks, renders)
     dockerfile = helm.ROOT / "deploy" / "docker" / "Dockerfile"
     checks.command("hadolint", str(helm.TOOLS / "hadolint"), str(dockerfile))
-    checks.command("buf lint", str(helm.TOOLS / "buf"), "lint", cwd=helm.ROOT / "proto")
+    buf, proto = str(helm.TOOLS / "buf"), helm.ROOT / "proto"
+    checks.command("buf lint", buf, "lint", cwd=proto)
+    checks.command("buf breaking", buf, "breaking", "--against", "released.binpb", cwd=proto)
     for failure in checks.failures:
         print(failure)
     shown = subprocess.run(
