@@ -11,7 +11,7 @@ import yaml
 from deploy.check import helm
 from deploy.check.update import COPIES, GOLDEN, without_golden
 from lorax_serve import __version__
-from lorax_serve.cli import serve
+from lorax_serve.cli import client, serve
 from lorax_serve.config import EngineConfig, ServerConfig
 from lorax_serve.server.app import SERVICES
 
@@ -76,6 +76,52 @@ def test_pods_are_restricted_and_probed(renders: dict[str, str], name: str) -> N
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["grpc"].get("service", "") in ("", *SERVICES)
     assert not container["image"].endswith(":latest")
+
+
+@needs_helm
+@pytest.mark.parametrize("name", NAMES)
+def test_helm_test_asks_the_service(renders: dict[str, str], name: str) -> None:
+    (pod,) = objects(renders[name], "Pod")
+    services = {
+        each["metadata"]["name"]: each["spec"] for each in objects(renders[name], "Service")
+    }
+    own = pod["metadata"]["name"].removesuffix("-test")
+    asked = f"{own}:{services[own]['ports'][0]['port']}"
+    commands = []
+    for container in (*pod["spec"]["initContainers"], *pod["spec"]["containers"]):
+        program, *words = container["command"]
+        assert program == "lorax"
+        options = client._parser().parse_args(words)
+        assert options.server == asked
+        commands.append(options.run.__name__)
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert container["image"] == pod_of(renders[name])["containers"][0]["image"]
+    assert commands == ["_health", "_generate"]
+    assert pod["spec"]["automountServiceAccountToken"] is False
+    assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+    # It is no server, so no Service may send it calls.
+    labels = pod["metadata"]["labels"].items()
+    assert not any(each["selector"].items() <= labels for each in services.values())
+
+
+@needs_helm
+@pytest.mark.parametrize("name", NAMES)
+def test_the_network_policy_lets_helm_test_in(renders: dict[str, str], name: str) -> None:
+    (pod,) = objects(renders[name], "Pod")
+    own = pod["metadata"]["name"].removesuffix("-test")
+    policies = objects(renders[name], "NetworkPolicy")
+    (policy,) = (each for each in policies if each["metadata"]["name"] == own)
+    (calls,) = (each for each in policy["spec"]["ingress"] if each["ports"] == [{"port": "grpc"}])
+    ours = [each["podSelector"] for each in calls["from"] if each.keys() == {"podSelector"}]
+    labels = pod["metadata"]["labels"].items()
+    assert any(each.get("matchLabels", {}).items() <= labels for each in ours)
+    # And out: to the servers it asks, and to nobody else.
+    (out,) = (
+        each for each in policies if each["spec"]["podSelector"]["matchLabels"].items() <= labels
+    )
+    dns, calls = out["spec"]["egress"]
+    assert {each["port"] for each in dns["ports"]} == {53}
+    assert calls["to"] == [{"podSelector": policy["spec"]["podSelector"]}]
 
 
 @needs_helm
