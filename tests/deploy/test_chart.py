@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from deploy.check.update import COPIES, GOLDEN, without_golden
 from deploy.local.cluster import SERVICE
 from deploy.local.gateway import CONFIG, DRAIN
 from lorax_serve import __version__
-from lorax_serve.cli import serve
+from lorax_serve.cli import client, serve
 from lorax_serve.config import EngineConfig, ServerConfig
 from lorax_serve.server.app import SERVICES
 
@@ -47,6 +48,12 @@ def pod_of(text: str, container: str = "lorax-serve") -> Any:
     return deployments(text)[container]["spec"]["template"]["spec"]
 
 
+def asked_by(pod: Any, services: Collection[str]) -> str:
+    """The Service that helm test asks: the gateway's, if there is one."""
+    own = str(pod["metadata"]["name"].removesuffix("-test"))
+    return f"{own}-gateway" if f"{own}-gateway" in services else own
+
+
 def named(text: str, kind: str, name: str) -> Any:
     (found,) = (each for each in objects(text, kind) if each["metadata"]["name"] == name)
     return found
@@ -65,9 +72,7 @@ def test_the_server_takes_the_flags(renders: dict[str, str], name: str) -> None:
     pod = pod_of(renders[name])
     (container,) = pod["containers"]
     fields = {*EngineConfig.__dataclass_fields__, *ServerConfig.__dataclass_fields__}
-    # Until the server has that flag, which the chart is ahead of.
-    known = [a for a in container["args"] if "manifest" in fields or "--manifest=" not in a]
-    config, _ = serve.parse(known)
+    config, _ = serve.parse(container["args"])
     assert config.port == 50051
     assert config.metrics_port == 9090
     grace = pod["terminationGracePeriodSeconds"]
@@ -95,6 +100,52 @@ def test_pods_are_restricted_and_probed(renders: dict[str, str], name: str) -> N
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["grpc"].get("service", "") in ("", *SERVICES)
     assert not container["image"].endswith(":latest")
+
+
+@needs_helm
+@pytest.mark.parametrize("name", NAMES)
+def test_helm_test_asks_the_service(renders: dict[str, str], name: str) -> None:
+    (pod,) = objects(renders[name], "Pod")
+    services = {
+        each["metadata"]["name"]: each["spec"] for each in objects(renders[name], "Service")
+    }
+    own = asked_by(pod, services)
+    asked = f"{own}:{services[own]['ports'][0]['port']}"
+    commands = []
+    for container in (*pod["spec"]["initContainers"], *pod["spec"]["containers"]):
+        program, *words = container["command"]
+        assert program == "lorax"
+        options = client._parser().parse_args(words)
+        assert options.server == asked
+        commands.append(options.run.__name__)
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert container["image"] == pod_of(renders[name])["containers"][0]["image"]
+    assert commands == ["_health", "_generate"]
+    assert pod["spec"]["automountServiceAccountToken"] is False
+    assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+    # It is no server, so no Service may send it calls.
+    labels = pod["metadata"]["labels"].items()
+    assert not any(each["selector"].items() <= labels for each in services.values())
+
+
+@needs_helm
+@pytest.mark.parametrize("name", NAMES)
+def test_the_network_policy_lets_helm_test_in(renders: dict[str, str], name: str) -> None:
+    (pod,) = objects(renders[name], "Pod")
+    own = asked_by(pod, {each["metadata"]["name"] for each in objects(renders[name], "Service")})
+    policies = objects(renders[name], "NetworkPolicy")
+    (policy,) = (each for each in policies if each["metadata"]["name"] == own)
+    (calls,) = (each for each in policy["spec"]["ingress"] if each["ports"] == [{"port": "grpc"}])
+    ours = [each["podSelector"] for each in calls["from"] if each.keys() == {"podSelector"}]
+    labels = pod["metadata"]["labels"].items()
+    assert any(each.get("matchLabels", {}).items() <= labels for each in ours)
+    # And out: to the servers it asks, and to nobody else.
+    (out,) = (
+        each for each in policies if each["spec"]["podSelector"]["matchLabels"].items() <= labels
+    )
+    dns, calls = out["spec"]["egress"]
+    assert {each["port"] for each in dns["ports"]} == {53}
+    assert calls["to"] == [{"podSelector": policy["spec"]["podSelector"]}]
 
 
 @needs_helm
@@ -144,6 +195,7 @@ def test_nothing_takes_a_gateway_for_a_replica(renders: dict[str, str]) -> None:
         name: each["spec"]["template"]["metadata"]["labels"]
         for name, each in deployments(text).items()
     }
+    labels["test"] = objects(text, "Pod")[0]["metadata"]["labels"]
     selectors = [
         each["spec"].get("selector") or each["spec"]["podSelector"]
         for kind in ("Service", "PodDisruptionBudget", "NetworkPolicy", "PodMonitor", "Deployment")
@@ -198,7 +250,4 @@ def test_the_chart_is_of_this_version() -> None:
 
 @pytest.mark.parametrize("copy", COPIES, ids=lambda path: path.name)
 def test_the_charts_copies_are_the_originals(copy: Path) -> None:
-    original = COPIES[copy]
-    if not original.exists():
-        pytest.skip(f"there is no {original.relative_to(helm.ROOT)} yet")
-    assert copy.read_bytes() == original.read_bytes(), "run python -m deploy.check.update"
+    assert copy.read_bytes() == COPIES[copy].read_bytes(), "run python -m deploy.check.update"

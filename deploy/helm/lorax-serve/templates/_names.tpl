@@ -18,6 +18,12 @@ app.kubernetes.io/name: {{ include "lorax.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{/* The pod of helm test, which no Service and no policy of the server's may take for one of its own. */}}
+{{- define "lorax.testSelector" -}}
+app.kubernetes.io/name: {{ include "lorax.name" . }}-test
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
 {{- define "lorax.labels" -}}
 {{ include "lorax.selector" . }}
 {{ include "lorax.release" . }}
