@@ -28,7 +28,7 @@ from benchmarks.command import Result, parser, publish
 from benchmarks.measure import digits
 from benchmarks.plot import Chart
 from deploy.local import cluster as local
-from deploy.local import proofs
+from deploy.local import proofs, replica
 from deploy.local.load import power_law
 
 ROUTERS = ("round_robin", "ring_hash")
@@ -86,14 +86,14 @@ def _simulated(costs: Costs, draw: int) -> dict[str, float]:
     for router in ROUTERS:
         replicas = len(local.ADDRESSES)
         cluster = Cluster(POLICIES[router](), _limits(), costs, replicas, seed=draw)
-        for replica in cluster.replicas.values():
+        for each in cluster.replicas.values():
             for number in numbers.values():
-                replica.know(number)
+                each.know(number)
         cluster.run_closed(_jobs(numbers, proofs.WARM_CALLS, proofs.WARM_SEED), proofs.AT_ONCE)
-        before = sum(replica.read for replica in cluster.replicas.values())
+        before = sum(each.read for each in cluster.replicas.values())
         counted = _jobs(numbers, proofs.CALLS, proofs.SEED)
         cluster.run_closed(counted, proofs.AT_ONCE)
-        found[router] = sum(replica.read for replica in cluster.replicas.values()) - before
+        found[router] = sum(each.read for each in cluster.replicas.values()) - before
     busiest = max(Counter(job.replica for job in counted).values())
     found["ring_hash_busiest_over_mean"] = digits(busiest * replicas / len(counted))
     return found
@@ -110,10 +110,10 @@ def _jobs(numbers: dict[str, int], count: int, seed: int) -> list[Job]:
 def _limits() -> Limits:
     """Of a replica of the local cluster."""
     return Limits(
-        local.ADAPTER_BYTES,
-        local.RESIDENT * local.ADAPTER_BYTES,
-        local.ADAPTER_SLOTS,
-        max_batch_size=local.MAX_BATCH_SIZE,
+        replica.ADAPTER_BYTES,
+        replica.RESIDENT * replica.ADAPTER_BYTES,
+        replica.ADAPTER_SLOTS,
+        max_batch_size=replica.MAX_BATCH_SIZE,
         max_length=1024,
     )
 

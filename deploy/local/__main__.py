@@ -26,6 +26,7 @@ PROOFS: tuple[Callable[[Cluster], Awaitable[dict[str, Any]]], ...] = (
     proofs.rolling_restart,
     proofs.gateway_drain,
     proofs.kill,
+    proofs.rolling_upgrade,
 )
 
 

@@ -4,97 +4,43 @@ from __future__ import annotations
 
 import socket
 import sys
-import urllib.request
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client.parser import text_string_to_metric_families
-
 from benchmarks.adapters import write_random_adapter
 from deploy.local.gateway import Gateway, Ports
 from deploy.local.manifest import BUCKET, ManifestFile, credentials, push
 from deploy.local.processes import Process, free_port, wait_until
 from deploy.local.prometheus import RULES, Prometheus, find_prometheus, prometheus
+from deploy.local.replica import Replica
 from deploy.monitoring.durations import shortened
 from lorax_serve.store.digest import digest_of
 from tests.helpers import TINY_LLAMA, save_tiny_model
 
 __all__ = [
-    "ADAPTER_BYTES",
-    "ADAPTER_SLOTS",
     "ADDRESSES",
-    "MAX_BATCH_SIZE",
     "NAMES",
-    "RESIDENT",
     "SERVICE",
     "SPARE",
     "TIMES",
     "WATCH_SECONDS",
     "Cluster",
-    "Replica",
 ]
 
 SERVICE = "lorax-serve-headless"
 ADDRESSES = ("127.0.0.11", "127.0.0.12", "127.0.0.13")
+_SPARE_ADDRESSES = ("127.0.0.14", "127.0.0.15", "127.0.0.16")
 NAMES = tuple(f"adapter-{number:02d}" for number in range(60))
 SPARE = "late"
 """An adapter that is in the bucket, and not in the manifest at first."""
 WATCH_SECONDS = 2.0
+_MIN_READY_SECONDS, _PRE_STOP_SECONDS = 1.0, 2.0
 TIMES = 20
 """How many times faster the rules are than the shipped ones."""
-MAX_BATCH_SIZE = 32
-ADAPTER_SLOTS = 8
-RESIDENT = 26
-"""Adapters for which a replica has memory. A third of them is 20."""
-ADAPTER_BYTES = 28_160
-"""Of host memory that each takes."""
-
-
-class Replica:
-    """One server.
-
-    Args:
-        process: of the server; its engine is in the same group.
-        address: of gRPC.
-        metrics: its URL.
-    """
-
-    def __init__(self, process: Process, address: str, metrics: str) -> None:
-        self.process = process
-        self.address = address
-        self.metrics = metrics
-
-    @property
-    def name(self) -> str:
-        """What its answers call it."""
-        return self.process.name
-
-    def serving(self) -> bool:
-        """Whether it says so."""
-        with grpc.insecure_channel(self.address) as channel:
-            try:
-                stub = health_pb2_grpc.HealthStub(channel)
-                answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=1)
-            except grpc.RpcError:
-                return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-    def start(self) -> None:
-        """Start it, and wait until it serves."""
-        self.process.start()
-        wait_until(self.serving, self.process)
-
-    def scrape(self, name: str) -> float:
-        """A sample of its metrics that has no labels."""
-        with urllib.request.urlopen(self.metrics, timeout=5) as answer:
-            text = str(answer.read(), "utf-8")
-        samples = (s for family in text_string_to_metric_families(text) for s in family.samples)
-        return next(float(sample.value) for sample in samples if sample.name == name)
 
 
 class Cluster:
@@ -119,6 +65,8 @@ class Cluster:
         self.prometheus: Prometheus | None = None
         self._directory = directory
         self._digests: dict[str, str] = {}
+        self._names = directory / "names"
+        self._spare = enumerate(_SPARE_ADDRESSES, len(ADDRESSES))
 
     @property
     def gateway(self) -> str:
@@ -142,7 +90,15 @@ class Cluster:
         save_tiny_model(model, config(**long))
         endpoint = self._bucket(model)
         self.manifest.write(self.entry(name) for name in NAMES)
-        self._servers(model, endpoint)
+        self._env = credentials(endpoint)
+        self._flags = {
+            "model": model,
+            "manifest": self.manifest.path,
+            "watch-seconds": WATCH_SECONDS,
+        }
+        hosts = (*ADDRESSES, *_SPARE_ADDRESSES)
+        self._ports = free_port(*hosts), free_port(*hosts)
+        self._servers()
         self._gateways()
         self._monitoring()
 
@@ -170,10 +126,25 @@ class Cluster:
         return {"name": name, "source": source, "digest": f"sha256:{self._digests[name]}"}
 
     def restart(self, replica: Replica) -> None:
-        """Stop a replica as Kubernetes does, and start it again."""
+        """Stop a replica, and start it again at the same address."""
         code = replica.process.stop()
         assert code == 0, replica.process.tail()
         replica.start()
+
+    def replace(self, replica: Replica) -> Replica:
+        """Put a new one in a replica's place, as the chart's Deployment does: with an address and a
+        disk of its own, and before the old one goes. Returns it."""
+        new = self._replica(*next(self._spare))
+        self.processes.append(new.process)
+        new.start()
+        self.replicas[self.replicas.index(replica)] = new
+        self._publish(replica)  # both are there
+        time.sleep(_MIN_READY_SECONDS)
+        self._publish()
+        time.sleep(_PRE_STOP_SECONDS)
+        code = replica.process.stop()
+        assert code == 0, replica.process.tail()
+        return new
 
     def _bucket(self, model: Path) -> str:
         adapters = {}
@@ -188,46 +159,35 @@ class Cluster:
         push(endpoint, adapters)
         return endpoint
 
-    def _servers(self, model: Path, endpoint: str) -> None:
-        self._port, metrics = free_port(*ADDRESSES), free_port(*ADDRESSES)
+    def _replica(self, number: int, host: str) -> Replica:
+        port, metrics = self._ports
+        return Replica(
+            f"replica-{number}", host, port, metrics, self._directory, self._env, self._flags
+        )
+
+    def _servers(self) -> None:
         for number, host in enumerate(ADDRESSES):
-            name = f"replica-{number}"
-            flags = {
-                "model": model,
-                "dtype": "float32",
-                "threads": 1,
-                "host": host,
-                "port": self._port,
-                "metrics-port": metrics,
-                "replica-name": name,
-                "state": self._directory / name,
-                "manifest": self.manifest.path,
-                "watch-seconds": WATCH_SECONDS,
-                "adapter-slots": ADAPTER_SLOTS,
-                "max-adapter-bytes": RESIDENT * ADAPTER_BYTES,
-                "max-batch-size": MAX_BATCH_SIZE,
-                "max-sequence-length": 8192,
-                "drain-seconds": 30,
-                # Envoy notices after two health checks.
-                "linger-seconds": 2,
-            }
-            command = [sys.executable, "-m", "lorax_serve.cli.serve"]
-            for flag, value in flags.items():
-                command += [f"--{flag}", str(value)]
-            env = {**credentials(endpoint), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-            process = self.run(Process(name, command, self._directory, env))
-            url = f"http://{host}:{metrics}/metrics"
-            self.replicas.append(Replica(process, f"{host}:{self._port}", url))
+            replica = self._replica(number, host)
+            self.run(replica.process)
+            self.replicas.append(replica)
         for replica in self.replicas:
             wait_until(replica.serving, replica.process)
 
+    def _publish(self, *others: Replica) -> None:
+        """Let the name server answer with all replicas, and these."""
+        hosts = [replica.host for replica in (*others, *self.replicas)]
+        new = self._names.with_suffix(".new")
+        new.write_text("\n".join(hosts))
+        new.replace(self._names)
+
     def _gateways(self) -> None:
         names = free_port("127.0.0.1")
+        self._publish()
         command = [sys.executable, "-m", "deploy.local.name_server", str(names), SERVICE]
-        self.run(Process("name-server", [*command, *ADDRESSES], self._directory))
+        self.run(Process("name-server", [*command, str(self._names)], self._directory))
         for name in ("envoy", "envoy-second", "envoy-round-robin"):
             listener, admin, status = (free_port("127.0.0.1") for _ in range(3))
-            ports = Ports(listener, admin, status, self._port, names)
+            ports = Ports(listener, admin, status, self._ports[0], names)
             each = Gateway(name, ports, self._directory, round_robin=name == "envoy-round-robin")
             self.run(each.process, lambda each=each: each.healthy() == len(ADDRESSES))  # type: ignore[misc]
             self.gateways.append(each)

@@ -1,8 +1,7 @@
 """A name server that knows one name: what a headless Service is in a cluster.
 
-``python -m deploy.local.name_server PORT NAME ADDRESS...`` answers on 127.0.0.1, over UDP, that
-NAME has these IPv4 addresses. It answers with all of them whatever becomes of the replicas, as a
-cluster does until it has noticed: the gateway must cope.
+``python -m deploy.local.name_server PORT NAME FILE`` answers on 127.0.0.1, over UDP, that NAME has
+the IPv4 addresses that are in FILE now, one a line.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 import sys
+from pathlib import Path
 
 _SECONDS = 1  # that an answer may be kept
 _A, _IN = 1, 1
@@ -37,13 +37,13 @@ def answer(query: bytes, name: str, addresses: list[str]) -> bytes:
 
 def main() -> None:
     """Answer until the process is ended."""
-    port, name, *addresses = sys.argv[1:]
+    port, name, file = sys.argv[1:]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("127.0.0.1", int(port)))
         while True:
             query, client = server.recvfrom(512)
             try:
-                server.sendto(answer(query, name, addresses), client)
+                server.sendto(answer(query, name, Path(file).read_text().split()), client)
             except (IndexError, struct.error):  # no query
                 continue
 

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from deploy.local.cluster import NAMES, SPARE, WATCH_SECONDS, Cluster, Replica
+from deploy.local.cluster import NAMES, SPARE, WATCH_SECONDS, Cluster
 from deploy.local.load import Calls, Load, even, power_law
 from deploy.local.processes import wait_until
+from deploy.local.replica import Replica
 from lorax_serve.client import AsyncClient
 from lorax_serve.errors import LoraxError
 
@@ -26,6 +27,7 @@ __all__ = [
     "kill",
     "manifest",
     "rolling_restart",
+    "rolling_upgrade",
 ]
 
 # Tokens that take seconds, and almost all that a sequence may have.
@@ -58,17 +60,29 @@ async def affinity(cluster: Cluster, calls: int = 600) -> dict[str, Any]:
 
 
 async def rolling_restart(cluster: Cluster) -> dict[str, Any]:
-    """Every replica is stopped and started again, one after the other, under load: short streams,
-    and some that are long enough to run when their replica is told to stop."""
+    """Every replica is stopped and started again at its address, one after the other, under load:
+    short streams, and some that are long enough to run when their replica is told to stop. The name
+    server does not know: nobody has said anywhere that one goes."""
+    return await _while_changing(cluster, cluster.restart)
+
+
+async def rolling_upgrade(cluster: Cluster) -> dict[str, Any]:
+    """The same, but each is replaced by a new one at another address, with an empty disk."""
+    return await _while_changing(cluster, cluster.replace)
+
+
+async def _while_changing(cluster: Cluster, change: Callable[[Replica], object]) -> dict[str, Any]:
     async with (
         Load(cluster.gateway) as load,
         load.running(even(NAMES), at_once=4) as short,
         load.running(even(NAMES, seed=1), at_once=3, tokens=1500) as long,
     ):
         await asyncio.sleep(1)
-        for replica in cluster.replicas:
-            await asyncio.to_thread(cluster.restart, replica)
+        for replica in list(cluster.replicas):
+            await asyncio.to_thread(change, replica)
             await asyncio.sleep(2)  # as minReadySeconds
+        before = len(short.ended)
+        await asyncio.sleep(2)
     both = Calls(short.ended + long.ended)
     return {
         "calls": len(short.ended),
@@ -76,6 +90,7 @@ async def rolling_restart(cluster: Cluster) -> dict[str, Any]:
         "failed": len(both.failed),
         "errors": both.errors,
         "details": both.details,
+        "answered_at_the_end_by": sorted(Calls(short.ended[before:]).by_replica()),
     }
 
 

@@ -71,3 +71,14 @@ async def test_a_killed_replica_takes_along_only_what_it_was_doing(cluster: Clus
     assert all(error.startswith("Unavailable") for error in found["errors"])
     assert found["adapters_moved"] > 0
     assert found["answered_by"] == ["replica-0", "replica-2"]
+
+
+async def test_an_upgrade_fails_no_call(cluster: Cluster) -> None:
+    old = {replica.name for replica in cluster.replicas}
+    found = await proofs.rolling_upgrade(cluster)
+    assert found["errors"] == {}
+    assert found["failed"] == 0
+    assert found["long_streams"] > 3
+    new = {replica.name for replica in cluster.replicas}
+    assert set(found["answered_at_the_end_by"]) == new
+    assert not old & new
