@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -36,6 +37,9 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="prove nothing, run until Ctrl-C")
     parser.add_argument("--only", action="append", help="the name of a proof; default: all")
     options = parser.parse_args()
+    # Whatever ends this process ends those that it has started.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     with tempfile.TemporaryDirectory(prefix="lorax-local-") as directory:
         cluster = Cluster(Path(directory))
         try:
@@ -64,6 +68,10 @@ async def _run(
     proof: Callable[[Cluster], Awaitable[dict[str, Any]]], cluster: Cluster
 ) -> dict[str, Any]:
     return await proof(cluster)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _wait() -> None:
