@@ -36,6 +36,7 @@ from lorax_serve.registry.manifest_reconciler import ManifestReconciler
 from lorax_serve.registry.reconciler import Reconciler
 from lorax_serve.registry.registry import AdapterRegistry
 from lorax_serve.registry.residency import Residency
+from lorax_serve.registry.start_failures import StartFailures
 from lorax_serve.registry.version import Adapter
 from lorax_serve.server.adapters import AdapterServicer
 from lorax_serve.server.generation import GenerationServicer
@@ -210,10 +211,11 @@ class Server:
             raise InvalidRequest(f"adapters: no such directory: {root}")
         self._engine = engine = await self._start_engine(self._config.engine)
         files = InPlace(root) if library is None else library
+        failures = StartFailures()
         registry = AdapterRegistry(
             engine,
             files,
-            (self.metrics, self._adapters.watchers),
+            (self.metrics, self._adapters.watchers, failures),
             history=self._config.adapter_history,
             on_demand=self._config.load_on_demand,
             clock=self._clock,
@@ -230,7 +232,8 @@ class Server:
         self._generation.generator = self._generator
         self._adapters.registry = registry
         if isinstance(files, InPlace):
-            self.refused = await _load_all(registry, await files.listing())
+            self._show_failures(failures.by_name)
+            await _load_all(registry, await files.listing(), failures.by_name)
         elif self._config.manifest is not None:
             await self._follow(registry, files, self._config.manifest)
         else:
@@ -323,9 +326,10 @@ def _from_a_thread(ask: Callable[[], Coroutine[Any, Any, Residency]]) -> Callabl
     return asked
 
 
-async def _load_all(registry: AdapterRegistry, names: Sequence[str]) -> dict[str, LoraxError]:
-    """Load the adapters of these names; returns the refusals."""
-    failures: dict[str, LoraxError] = {}
+async def _load_all(
+    registry: AdapterRegistry, names: Sequence[str], failures: dict[str, LoraxError]
+) -> None:
+    """Load the adapters of these names; tells ``failures`` of the refusals."""
     last_word = time.monotonic()
     for done, name in enumerate(names):
         if time.monotonic() - last_word > _PROGRESS_SECONDS:
@@ -336,4 +340,3 @@ async def _load_all(registry: AdapterRegistry, names: Sequence[str]) -> dict[str
         except LoraxError as error:
             failures[name] = error
             log.error("adapter %s refused: %s", name, error)
-    return failures
