@@ -10,8 +10,8 @@ __all__ = ["StartFailures"]
 
 
 class StartFailures(RegistryListener):
-    """Forgets a failure when the adapter is loaded after all. Failures of calls, which those hear of
-    who have made them, are none of these.
+    """Forgets a failure when the adapter is loaded after all. Failures of calls are not among them:
+    who has called was told.
 
     Attributes:
         by_name: why.

@@ -109,10 +109,8 @@ async def test_a_refused_adapter_holds_up_nothing(tokenizer_dir: Path, tmp_path:
             labels = {"reason": reason}
             assert registry.get_sample_value("lorax_adapter_rejects_total", labels) == 1
         # Whoever asks later is told, too, until it is mended.
-        assert [each.name for each in await harness.client.list_failed_adapters()] == [
-            "_x",
-            "a-bad",
-        ]
+        failed = harness.client.list_failed_adapters
+        assert [each.name for each in await failed()] == ["_x", "a-bad"]
         assert registry.get_sample_value("lorax_adapters_failed") == 2
         (tmp_path / "a-bad/adapter_config.json").write_text("verses")
         await harness.client.load_adapter("a-bad")
