@@ -94,7 +94,8 @@ def test_malformed_uris(uri: str, message: str) -> None:
 @pytest.mark.parametrize("missing", ["boto3", "botocore"])
 def test_without_boto3(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "lorax_serve.sources.s3", raising=False)
+    for module in ("s3", "s3_client"):
+        monkeypatch.delitem(sys.modules, f"lorax_serve.sources.{module}", raising=False)
     with pytest.raises(InvalidRequest, match=r"run pip install 'lorax-serve\[s3\]'"):
         open_source("s3://bucket")
 
