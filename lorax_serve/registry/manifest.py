@@ -109,14 +109,20 @@ def _name_of(raw: object) -> str | None:
 
 def _read(text: bytes, where: str) -> list[Any]:
     """What ``adapters`` is a list of."""
+    loader = None
     try:
-        _check_keys(where, yaml.compose(text, yaml.SafeLoader))
-        raw = yaml.safe_load(text)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        _check_keys(where, node)
+        raw = loader.construct_document(node) if node is not None else None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" line {mark.line + 1}"
         problem = getattr(error, "problem", None) or type(error).__name__
         raise InvalidRequest(f"manifest {where}{line}: not valid YAML: {problem}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
     if not isinstance(raw, dict) or "adapters" not in raw:
         raise InvalidRequest(
             f"manifest {where} must have the key adapters, with a list of adapters (of none: [])"
@@ -132,6 +138,21 @@ def _read(text: bytes, where: str) -> list[Any]:
             f"[]), not {_kind(raw['adapters'])}"
         )
     return raw["adapters"]
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
+    """Takes no aliases: a few lines of them stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None,
+                None,
+                f"*{event.anchor} is an alias; write out what it stands for",
+                event.start_mark,
+            )
+        return super().compose_node(parent, index)
 
 
 def _check_keys(where: str, node: Any) -> None:

@@ -51,7 +51,15 @@ adapters:
         ("adapters: [{name: a, name: b}]", "line 1: name is there twice"),
         ("adapters: [", "line 1: not valid YAML"),
         ("adapters: [\x07]", "not valid YAML"),
-        ("adapters: &a [*a]", "not valid YAML: RecursionError"),
+        ("adapters: &a [*a]", r"line 1: not valid YAML: \*a is an alias"),
+        ("adapters: []\n<<: *a", r"line 2: not valid YAML: \*a is an alias"),
+        ("adapters: " + 2000 * "[", "not valid YAML: RecursionError"),
+        ("adapters: []\n---\nadapters: []", "line 2: not valid YAML: but found another document"),
+        # Ten times as many at each level: more than there is memory for.
+        (
+            "a: &a0 [x]\n" + "".join(f"b{n}: &a{n + 1} [{10 * f'*a{n}, '}]\n" for n in range(20)),
+            r"line 2: not valid YAML: \*a0 is an alias",
+        ),
         ("adapters: !!python/object:os.system []", "not valid YAML"),
     ],
 )
