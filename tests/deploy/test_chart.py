@@ -48,9 +48,7 @@ def test_the_server_takes_the_flags(renders: dict[str, str], name: str) -> None:
     pod = pod_of(renders[name])
     (container,) = pod["containers"]
     fields = {*EngineConfig.__dataclass_fields__, *ServerConfig.__dataclass_fields__}
-    # Until the server has that flag, which the chart is ahead of.
-    known = [a for a in container["args"] if "manifest" in fields or "--manifest=" not in a]
-    config, _ = serve.parse(known)
+    config, _ = serve.parse(container["args"])
     assert config.port == 50051
     assert config.metrics_port == 9090
     grace = pod["terminationGracePeriodSeconds"]
@@ -102,6 +100,15 @@ def test_the_manifest_is_the_files(renders: dict[str, str]) -> None:
 
 
 @needs_helm
+def test_a_manifest_in_a_bucket_is_no_file_of_the_pod(renders: dict[str, str]) -> None:
+    pod = pod_of(renders["keda"])
+    config, _ = serve.parse(pod["containers"][0]["args"])
+    assert config.manifest == "s3://adapters/production/adapters.yaml"
+    assert objects(renders["keda"], "ConfigMap") == []
+    assert {volume["name"] for volume in pod["volumes"]} == {"tmp", "cache", "state"}
+
+
+@needs_helm
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -114,6 +121,15 @@ def test_the_manifest_is_the_files(renders: dict[str, str]) -> None:
         ("state.kind=existingClaim,state.existingClaim=a", "one server uses a state directory"),
         ("adapters.source=s3://a,adapters.existingClaim=b", "excludes"),
         ("adapters.loadOnDemand=true", "needs adapters.source"),
+        ("adapters.manifestUri=https://a/b.yaml", "/adapters/manifestUri"),
+        ("adapters.manifestUri=s3://a", "/adapters/manifestUri"),
+        (
+            "adapters.manifestUri=s3://a/b,adapters.manifest[0].name=c,adapters.manifest[0].source=d",
+            "adapters.manifest and adapters.manifestUri exclude each other",
+        ),
+        ("adapters.manifestUri=s3://a/b,adapters.source=s3://a", "adapters.source excludes"),
+        ("adapters.manifestUri=s3://a/b,adapters.loadOnDemand=true", "loadOnDemand excludes"),
+        ("adapters.manifestUri=s3://a/b,state.kind=none", "reads adapters where they are"),
         ("autoscaling.kind=keda", "where Prometheus is"),
         ("autoscaling.kind=hpa,autoscaling.scaleDownSeconds=30", "at least drainSeconds"),
     ],
