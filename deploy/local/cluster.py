@@ -1,4 +1,4 @@
-"""Three replicas, Envoy, Prometheus, a bucket and a name server on the loopback, and a manifest."""
+"""Three replicas, Envoy, Prometheus, a bucket with a manifest and a name server on the loopback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.adapters import write_random_adapter
 from deploy.local.gateway import gateway
-from deploy.local.manifest import BUCKET, ManifestFile, credentials, push
+from deploy.local.manifest import BUCKET, Manifest, credentials, push
 from deploy.local.processes import Process, free_port, wait_until
 from deploy.local.prometheus import RULES, Prometheus, find_prometheus, prometheus
 from deploy.monitoring.durations import shortened
@@ -100,7 +100,7 @@ class Cluster:
     def __init__(self, directory: Path) -> None:
         self.processes: list[Process] = []
         self.replicas: list[Replica] = []
-        self.manifest = ManifestFile(directory / "config")
+        self.manifest: Manifest
         self.gateway = self.round_robin = ""
         self.prometheus: Prometheus | None = None
         self._directory = directory
@@ -117,6 +117,7 @@ class Cluster:
         long = {**TINY_LLAMA.to_diff_dict(), "max_position_embeddings": 8192}
         save_tiny_model(model, config(**long))
         endpoint = self._bucket(model)
+        self.manifest = Manifest(endpoint)
         self.manifest.write(self.entry(name) for name in NAMES)
         self._servers(model, endpoint)
         self._gateways()
@@ -177,7 +178,7 @@ class Cluster:
                 "metrics-port": metrics,
                 "replica-name": name,
                 "state": self._directory / name,
-                "manifest": self.manifest.path,
+                "manifest": self.manifest.uri,
                 "watch-seconds": WATCH_SECONDS,
                 "adapter-slots": _ADAPTER_SLOTS,
                 "max-adapter-bytes": _RESIDENT * _ADAPTER_BYTES,
