@@ -149,9 +149,10 @@ class ServerConfig:
     source: str | None = None
     """Where adapters come from, with --state: a directory, s3://bucket/prefix, hf://org or
     hf://org/repo; default: --adapters. All that it lists is loaded at the start."""
-    manifest: Path | None = None
-    """YAML file with the adapters that are served, and no others; with --state. Each has a name
-    and a source (s3://, hf://, a directory in --adapters), and may have digest, weight, pinned."""
+    manifest: str | None = None
+    """The adapters that are served, and no others, in YAML; with --state: a file, or
+    s3://bucket/path. Each has a name and a source (s3://, hf://, a directory in --adapters), and
+    may have digest, weight, pinned."""
     load_on_demand: bool = False
     """Whether a request may name an adapter that is not loaded, but that the source has. Then
     nothing is loaded from it at the start."""

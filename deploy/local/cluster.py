@@ -1,4 +1,4 @@
-"""Three replicas, Envoy, Prometheus, a bucket and a name server on the loopback, and a manifest."""
+"""Three replicas, Envoy, Prometheus, a bucket with a manifest and a name server on the loopback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from benchmarks.adapters import write_random_adapter
 from deploy.local.gateway import Gateway, Ports
-from deploy.local.manifest import BUCKET, ManifestFile, credentials, push
+from deploy.local.manifest import BUCKET, Manifest, credentials, push
 from deploy.local.processes import Process, free_port, wait_until
 from deploy.local.prometheus import RULES, Prometheus, find_prometheus, prometheus
 from deploy.local.replica import Replica
@@ -60,7 +60,7 @@ class Cluster:
     def __init__(self, directory: Path) -> None:
         self.processes: list[Process] = []
         self.replicas: list[Replica] = []
-        self.manifest = ManifestFile(directory / "config")
+        self.manifest: Manifest
         self.gateways: list[Gateway] = []
         self.prometheus: Prometheus | None = None
         self._directory = directory
@@ -89,11 +89,12 @@ class Cluster:
         long = {**TINY_LLAMA.to_diff_dict(), "max_position_embeddings": 8192}
         save_tiny_model(model, config(**long))
         endpoint = self._bucket(model)
+        self.manifest = Manifest(endpoint)
         self.manifest.write(self.entry(name) for name in NAMES)
         self._env = credentials(endpoint)
         self._flags = {
             "model": model,
-            "manifest": self.manifest.path,
+            "manifest": self.manifest.uri,
             "watch-seconds": WATCH_SECONDS,
         }
         hosts = (*ADDRESSES, *_SPARE_ADDRESSES)

@@ -1,10 +1,9 @@
-"""Adapters in a bucket, and a manifest that names them, swapped as Kubernetes swaps a ConfigMap."""
+"""Adapters in a bucket, and a manifest there that names them."""
 
 from __future__ import annotations
 
-import itertools
-import os
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ import yaml
 
 from lorax_serve.sources import CONFIG_FILE, WEIGHTS_FILE
 
-__all__ = ["BUCKET", "ManifestFile", "credentials", "push"]
+__all__ = ["BUCKET", "Manifest", "credentials", "push"]
 
 BUCKET = "adapters"
+_KEY = "adapters.yaml"
 
 
 def credentials(endpoint: str) -> dict[str, str]:
@@ -31,41 +31,42 @@ def credentials(endpoint: str) -> dict[str, str]:
 
 def push(endpoint: str, adapters: Mapping[str, Path]) -> None:
     """Put adapters, by name, into the bucket, which is made if need be."""
-    client: Any = boto3.client(
+    with closing(_client(endpoint)) as client:
+        client.create_bucket(Bucket=BUCKET)
+        for name, directory in adapters.items():
+            for file in (CONFIG_FILE, WEIGHTS_FILE):
+                client.put_object(
+                    Bucket=BUCKET, Key=f"all/{name}/{file}", Body=(directory / file).read_bytes()
+                )
+
+
+class Manifest:
+    """The list of adapters, in the bucket beside them.
+
+    Args:
+        endpoint: of the bucket.
+
+    Attributes:
+        uri: where replicas read it.
+    """
+
+    uri = f"s3://{BUCKET}/{_KEY}"
+
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+
+    def write(self, adapters: Iterable[Mapping[str, Any]]) -> None:
+        """Let these entries be the manifest."""
+        text = yaml.safe_dump({"adapters": [*map(dict, adapters)]})
+        with closing(_client(self._endpoint)) as client:
+            client.put_object(Bucket=BUCKET, Key=_KEY, Body=text.encode())
+
+
+def _client(endpoint: str) -> Any:
+    return boto3.client(
         "s3",
         endpoint_url=endpoint,
         region_name="us-east-1",
         aws_access_key_id="local",
         aws_secret_access_key="local",
     )
-    client.create_bucket(Bucket=BUCKET)
-    for name, directory in adapters.items():
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            client.put_object(
-                Bucket=BUCKET, Key=f"all/{name}/{file}", Body=(directory / file).read_bytes()
-            )
-    client.close()
-
-
-class ManifestFile:
-    """A file that is replaced as a mounted ConfigMap's is: by way of the link ``..data``.
-
-    Args:
-        directory: of the mount.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / "adapters.yaml"
-        self._directory = directory
-        self._versions = itertools.count(1)
-        directory.mkdir()
-        self.path.symlink_to("..data/adapters.yaml")
-
-    def write(self, adapters: Iterable[Mapping[str, Any]]) -> None:
-        """Let these entries be the manifest."""
-        version = self._directory / f"..{next(self._versions)}"
-        version.mkdir()
-        (version / "adapters.yaml").write_text(yaml.safe_dump({"adapters": [*map(dict, adapters)]}))
-        link = self._directory / "..new"
-        link.symlink_to(version.name)
-        os.replace(link, self._directory / "..data")

@@ -1,4 +1,4 @@
-"""``--manifest FILE``: the adapters that should be served, as somebody has written them down.
+"""What a manifest says: the adapters that should be served, as somebody has written them down.
 
 ::
 
@@ -19,7 +19,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -28,10 +27,8 @@ from lorax_serve.errors import InvalidRequest
 from lorax_serve.registry.names import is_name
 from lorax_serve.registry.version import MAX_WEIGHT
 
-__all__ = ["Entry", "Manifest", "read_manifest"]
+__all__ = ["Entry", "Manifest", "parse_manifest"]
 
-# A ConfigMap has a megabyte at most.
-_MAX_BYTES = 4 << 20
 _MAX_SHOWN = 140
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
 _KEYS = ("name", "source", "digest", "weight", "pinned")
@@ -76,13 +73,18 @@ class Manifest(NamedTuple):
         return self.entries.keys() | self.broken.keys()
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Read a manifest.
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """Read what somebody has written.
+
+    Args:
+        text: YAML.
+        where: it is written, as messages call it.
 
     Raises:
-        InvalidRequest: the file as a whole cannot be read; the message names it, and the line.
+        InvalidRequest: nobody can say what it means as a whole; the message has ``where``, and the
+            line.
     """
-    listed = _read(path)
+    listed = _read(text, where)
     names = [_name_of(raw) for raw in listed]
     times = Counter(names)
     entries: dict[str, Entry] = {}
@@ -94,8 +96,8 @@ def read_manifest(path: Path) -> Manifest:
                 raise InvalidRequest("is there twice; take one of them out")
             entries[key] = _entry(raw)
         except InvalidRequest as error:
-            where = f"manifest {path}: adapters[{index}]{f' ({name})' if name else ''}"
-            broken[key] = InvalidRequest(f"{where}: {error}")
+            entry = f"adapters[{index}]{f' ({name})' if name else ''}"
+            broken[key] = InvalidRequest(f"manifest {where}: {entry}: {error}")
     return Manifest(entries, broken, all_named=None not in times)
 
 
@@ -105,53 +107,68 @@ def _name_of(raw: object) -> str | None:
     return name if isinstance(name, str) and is_name(name) else None
 
 
-def _read(path: Path) -> list[Any]:
+def _read(text: bytes, where: str) -> list[Any]:
     """What ``adapters`` is a list of."""
+    loader = None
     try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_BYTES + 1)
-        if len(text) > _MAX_BYTES:
-            raise InvalidRequest(f"manifest {path} has more than {_MAX_BYTES} bytes")
-        _check_keys(path, yaml.compose(text, yaml.SafeLoader))
-        raw = yaml.safe_load(text)
-    except OSError as error:
-        raise InvalidRequest(f"manifest {path} cannot be read: {error.strerror}") from error
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        _check_keys(where, node)
+        raw = loader.construct_document(node) if node is not None else None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" line {mark.line + 1}"
         problem = getattr(error, "problem", None) or type(error).__name__
-        raise InvalidRequest(f"manifest {path}{line}: not valid YAML: {problem}") from error
+        raise InvalidRequest(f"manifest {where}{line}: not valid YAML: {problem}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
     if not isinstance(raw, dict) or "adapters" not in raw:
         raise InvalidRequest(
-            f"manifest {path} must have the key adapters, with a list of adapters (of none: [])"
+            f"manifest {where} must have the key adapters, with a list of adapters (of none: [])"
         )
     if len(raw) > 1:
         other = next(str(key) for key in raw if key != "adapters")
         raise InvalidRequest(
-            f"manifest {path}: unknown key {other[:_MAX_SHOWN]!r}; only adapters is known"
+            f"manifest {where}: unknown key {other[:_MAX_SHOWN]!r}; only adapters is known"
         )
     if not isinstance(raw["adapters"], list):
         raise InvalidRequest(
-            f"manifest {path}: adapters must be a list with an entry for each adapter (of none: "
+            f"manifest {where}: adapters must be a list with an entry for each adapter (of none: "
             f"[]), not {_kind(raw['adapters'])}"
         )
     return raw["adapters"]
 
 
-def _check_keys(path: Path, node: Any) -> None:
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
+    """Takes no aliases: a few lines of them stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None,
+                None,
+                f"*{event.anchor} is an alias; write out what it stands for",
+                event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
+
+def _check_keys(where: str, node: Any) -> None:
     """Refuse a key that is there twice, of which YAML would take the last."""
     if isinstance(node, yaml.SequenceNode):
         for child in node.value:
-            _check_keys(path, child)
+            _check_keys(where, child)
     if not isinstance(node, yaml.MappingNode):
         return
     seen: set[str] = set()
     for key, value in node.value:
         if isinstance(key, yaml.ScalarNode) and key.value in seen:
             line = key.start_mark.line + 1
-            raise InvalidRequest(f"manifest {path} line {line}: {key.value} is there twice")
+            raise InvalidRequest(f"manifest {where} line {line}: {key.value} is there twice")
         seen.add(str(key.value))
-        _check_keys(path, value)
+        _check_keys(where, value)
 
 
 def _entry(raw: object) -> Entry:

@@ -20,12 +20,14 @@ from lorax_serve.errors import (
     AdapterRejected,
     InvalidRequest,
     LoraxError,
+    SourceFailed,
     StoreFailed,
 )
 from lorax_serve.registry.background import Background
 from lorax_serve.registry.backoff import Backoff
 from lorax_serve.registry.library import Library
-from lorax_serve.registry.manifest import Entry, Manifest, read_manifest
+from lorax_serve.registry.manifest import Entry
+from lorax_serve.registry.manifest_reader import ManifestReader
 from lorax_serve.registry.registry import AdapterRegistry
 from lorax_serve.sources import Source, WatchableSource, open_source
 from lorax_serve.store.catalog import NameRecord
@@ -43,13 +45,13 @@ class ManifestReconciler:
     Args:
         registry: serves; nobody else changes what it has.
         library: remembers, so that a restart needs no source.
-        path: of the manifest. It is opened anew each time: Kubernetes replaces a link to it.
+        reader: of the manifest. What it has read before holds until it can read it again.
         root: where the directories are that entries may name; None: they may name none.
         clock: seconds that never go back.
 
     Attributes:
         failures: what could not be served when it was last tried, by name; under the manifest's
-            path why that could not be read.
+            place why that could not be read.
         read_errors: how often that could not be read.
         wanted: how many adapters should be served.
     """
@@ -58,7 +60,7 @@ class ManifestReconciler:
         self,
         registry: AdapterRegistry,
         library: Library,
-        path: Path,
+        reader: ManifestReader,
         root: Path | None,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -67,19 +69,19 @@ class ManifestReconciler:
         self.read_errors = 0
         self._registry = registry
         self._library = library
-        self._path = path
+        self._reader = reader
         self._root = None if root is None else Path(os.path.abspath(root))
         self._backoff = Backoff(clock)
         self._background = Background()
         self._places = asyncio.Semaphore(_MOST_AT_ONCE)
         self._at_work: dict[str, asyncio.Task[None]] = {}
         self._sources: dict[str, Source] = {}
-        self._manifest: Manifest | None = None
 
     @property
     def wanted(self) -> int:
         """How many adapters should be served; 0 until a manifest has been read."""
-        return len(self._manifest.names) if self._manifest is not None else 0
+        manifest = self._reader.last
+        return len(manifest.names) if manifest is not None else 0
 
     async def run_once(self) -> None:
         """One pass, to its end: every entry has been tried."""
@@ -105,7 +107,7 @@ class ManifestReconciler:
     async def _begin_pass(self) -> None:
         await self._read()
         records = {record.name: record for record in await self._library.names()}
-        manifest = self._manifest
+        manifest = self._reader.last
         entries = {} if manifest is None else manifest.entries
         rest = records.keys() - entries.keys()
         if manifest is not None and manifest.all_named:
@@ -123,18 +125,18 @@ class ManifestReconciler:
                 self._start(name, self._try(entry, record))
 
     async def _read(self) -> None:
-        where = str(self._path)
+        where = self._reader.where
         try:
-            self._manifest = await asyncio.to_thread(read_manifest, self._path)
-        except InvalidRequest as error:
+            manifest = await self._reader.read()
+        except (InvalidRequest, SourceFailed) as error:
             self.read_errors += 1
             if str(error) != str(self.failures.get(where)):
                 log.error("what the last good manifest says is served: %s", error)
             self.failures[where] = error
             return
-        for name in self.failures.keys() - self._manifest.names:
+        for name in self.failures.keys() - manifest.names:
             del self.failures[name]
-        for name, broken in self._manifest.broken.items():
+        for name, broken in manifest.broken.items():
             if str(broken) != str(self.failures.get(name)):
                 log.error("%s", broken)
             self.failures[name] = broken

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from lorax_serve.errors import AdapterConflict, InvalidRequest, LoraxError
@@ -23,14 +22,14 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):  # type: ignore[
 
     Attributes:
         registry: set by the server before it lets calls through.
-        manifest: the file that decides what is served, instead of calls; None: calls do.
+        manifest: what decides what is served, instead of calls; None: calls do.
         failures: what should be served and could not be loaded, by name.
         watchers: the calls that watch; a listener of the registry.
     """
 
     registry: AdapterRegistry
 
-    def __init__(self, manifest: Path | None = None) -> None:
+    def __init__(self, manifest: str | None = None) -> None:
         self.manifest = manifest
         self.failures: Mapping[str, LoraxError] = {}
         self.watchers = AdapterWatchers()

@@ -8,7 +8,6 @@ import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -31,7 +30,7 @@ from lorax_serve.pb.lorax.v1 import (
 )
 from lorax_serve.registry.in_place import InPlace
 from lorax_serve.registry.library import Library
-from lorax_serve.registry.manifest import read_manifest
+from lorax_serve.registry.manifest_reader import ManifestReader
 from lorax_serve.registry.manifest_reconciler import ManifestReconciler
 from lorax_serve.registry.reconciler import Reconciler
 from lorax_serve.registry.registry import AdapterRegistry
@@ -201,12 +200,13 @@ class Server:
         self._ports.push_async_callback(self._grpc.stop, _LAST_WRITES_SECONDS)
 
     async def _load(self) -> None:
-        root = self._config.adapters
+        root, written = self._config.adapters, self._config.manifest
+        manifest = None if written is None else ManifestReader(written)
         library = self._open_library()
         # What was acknowledged is served without: it may be on a disk that is not mounted.
         kept = library is not None and await library.names()
-        if self._config.manifest is not None and not kept:
-            await asyncio.to_thread(read_manifest, self._config.manifest)
+        if manifest is not None and not kept:
+            await manifest.read()
         if root is not None and not root.is_dir() and not kept:
             raise InvalidRequest(f"adapters: no such directory: {root}")
         self._engine = engine = await self._start_engine(self._config.engine)
@@ -234,8 +234,8 @@ class Server:
         if isinstance(files, InPlace):
             self._show_failures(failures.by_name)
             await _load_all(registry, await files.listing(), failures.by_name)
-        elif self._config.manifest is not None:
-            await self._follow(registry, files, self._config.manifest)
+        elif manifest is not None:
+            await self._follow(registry, files, manifest)
         else:
             await self._reconcile(registry, files)
 
@@ -250,7 +250,9 @@ class Server:
         if config.watch_seconds:
             self._in_background(reconciler.run_for_ever(config.watch_seconds), "reconciler")
 
-    async def _follow(self, registry: AdapterRegistry, library: Library, manifest: Path) -> None:
+    async def _follow(
+        self, registry: AdapterRegistry, library: Library, manifest: ManifestReader
+    ) -> None:
         """Serve what a manifest says, and go on seeing to that."""
         config = self._config
         reconciler = ManifestReconciler(

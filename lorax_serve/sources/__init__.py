@@ -4,7 +4,7 @@ It knows URIs, files and sizes. It knows nothing of what is in the files, of ada
 asyncio: calls block, and may come from any thread.
 """
 
-from lorax_serve.sources.opening import open_source
+from lorax_serve.sources.opening import open_object, open_source
 from lorax_serve.sources.source import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -19,5 +19,6 @@ __all__ = [
     "FetchLimits",
     "Source",
     "WatchableSource",
+    "open_object",
     "open_source",
 ]

@@ -221,6 +221,15 @@ def test_calls_reach_replicas_through_the_gateway_alone(renders: dict[str, str])
 
 
 @needs_helm
+def test_a_manifest_in_a_bucket_is_no_file_of_the_pod(renders: dict[str, str]) -> None:
+    pod = pod_of(renders["keda"])
+    config, _ = serve.parse(pod["containers"][0]["args"])
+    assert config.manifest == "s3://adapters/production/adapters.yaml"
+    assert objects(renders["keda"], "ConfigMap") == []
+    assert {volume["name"] for volume in pod["volumes"]} == {"tmp", "cache", "state"}
+
+
+@needs_helm
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -233,6 +242,15 @@ def test_calls_reach_replicas_through_the_gateway_alone(renders: dict[str, str])
         ("state.kind=existingClaim,state.existingClaim=a", "one server uses a state directory"),
         ("adapters.source=s3://a,adapters.existingClaim=b", "excludes"),
         ("adapters.loadOnDemand=true", "needs adapters.source"),
+        ("adapters.manifestUri=https://a/b.yaml", "/adapters/manifestUri"),
+        ("adapters.manifestUri=s3://a", "/adapters/manifestUri"),
+        (
+            "adapters.manifestUri=s3://a/b,adapters.manifest[0].name=c,adapters.manifest[0].source=d",
+            "adapters.manifest and adapters.manifestUri exclude each other",
+        ),
+        ("adapters.manifestUri=s3://a/b,adapters.source=s3://a", "adapters.source excludes"),
+        ("adapters.manifestUri=s3://a/b,adapters.loadOnDemand=true", "loadOnDemand excludes"),
+        ("adapters.manifestUri=s3://a/b,state.kind=none", "reads adapters where they are"),
         ("autoscaling.kind=keda", "where Prometheus is"),
         ("autoscaling.kind=hpa,autoscaling.scaleDownSeconds=30", "at least drainSeconds"),
     ],

@@ -61,9 +61,8 @@ async def test_every_query_finds_what_it_asks_for(
     # And one that follows a manifest, with an entry that fails; later it cannot be read at all.
     manifest = tmp_path / "manifest.yaml"
     manifest.write_text("adapters: [{name: a0, source: a0}, {name: nobody, source: nobody}]")
-    follows = await start_server(
-        adapters, state=tmp_path / "state", server={"manifest": manifest, "watch_seconds": 0.2}
-    )
+    follow = {"manifest": str(manifest), "watch_seconds": 0.2}
+    follows = await start_server(adapters, state=tmp_path / "state", server=follow)
     (tmp_path / "prometheus").mkdir()
     target, other = (f"127.0.0.1:{each.metrics_port}" for each in (server, follows))
     rules = shortened(RULES.read_text(encoding="utf-8"), TIMES)

@@ -13,6 +13,7 @@ import pytest_asyncio
 import yaml
 
 from lorax_serve.errors import AdapterRejected, InvalidRequest, LoraxError, SourceFailed
+from lorax_serve.registry.manifest_reader import ManifestReader
 from lorax_serve.registry.manifest_reconciler import ManifestReconciler
 from lorax_serve.registry.registry import AdapterRegistry
 from lorax_serve.sources import FetchLimits
@@ -36,12 +37,12 @@ class Followed:
         listed = [{"name": e, "source": e} if isinstance(e, str) else e for e in entries]
         self.path.write_text(yaml.safe_dump({"adapters": listed}))
 
-    async def start(self) -> None:
+    async def start(self, reader: ManifestReader | None = None) -> None:
         self.registry = self.place.start(source=False)
         self.reconciler = ManifestReconciler(
             self.registry,
             self.place.libraries[0],
-            self.path,
+            reader or ManifestReader(str(self.path)),
             self.place.source,
             clock=lambda: self.place.now,
         )
@@ -254,6 +255,19 @@ async def test_a_start_without_a_readable_manifest_serves_what_was_served(
     await followed.start()
     assert followed.served == {"poet": poet}
     assert followed.failures.keys() == {str(followed.path)}
+
+
+async def test_what_was_read_before_the_start_counts_from_then_on(followed: Followed) -> None:
+    """The model is loaded between the two, and the bucket may go away meanwhile."""
+    poet = followed.place.write("poet", b"1")
+    followed.write("poet")
+    reader = ManifestReader(str(followed.path))
+    await reader.read()
+    followed.path.unlink()
+    await followed.start(reader)
+    assert followed.served == {"poet": poet}
+    assert followed.failures.keys() == {str(followed.path)}
+    assert followed.reconciler.read_errors == 1
 
 
 async def test_while_a_name_cannot_be_read_nothing_is_unloaded(followed: Followed) -> None:

@@ -53,6 +53,17 @@ def test_print_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed["engine"]["max_sequence_length"] is None
 
 
+def test_the_place_of_a_manifest_stays_as_it_was_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORAX_MANIFEST", "s3://bucket/a.yaml")
+    monkeypatch.setenv("LORAX_STATE", "/state")
+    assert parse([])[0].manifest == "s3://bucket/a.yaml"
+    assert parse(["--manifest", "off"])[0].manifest is None
+    assert main(["--print-config", "--manifest", "s3://bucket/b/c.yaml"]) == 0
+    assert json.loads(capsys.readouterr().out)["manifest"] == "s3://bucket/b/c.yaml"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,6 +73,14 @@ def test_print_config(capsys: pytest.CaptureFixture[str]) -> None:
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--log-level", "loud"], "invalid choice: 'loud'"),
         (["--adapters", "/no/such/directory"], "adapters: no such directory"),
+        (
+            ["--manifest", "https://a/b.yaml", "--state", "/dev/null/state"],
+            "manifest https://...: is read from a file or a bucket only; give --manifest PATH or",
+        ),
+        (
+            ["--manifest", "s3://bucket", "--state", "/dev/null/state"],
+            "manifest s3://bucket: names no file in the bucket; give s3://bucket/path",
+        ),
     ],
 )
 def test_mistakes_are_one_line(

@@ -31,15 +31,19 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     """Two good adapters and one that is refused; the manifest wants one of each."""
     for name, content in (("poet", "good"), ("pilot", "good"), ("broken", "bad")):
         write_adapter(tmp_path / "adapters", name, content)
-    manifest = tmp_path / "manifest.yaml"
-    manifest.write_text(wanted("poet", "broken"))
-    return {
+    settings = {
         "adapters": tmp_path / "adapters",
         "state": tmp_path / "state",
-        "manifest": manifest,
+        "manifest": str(tmp_path / "manifest.yaml"),
         "watch_seconds": 0.05,
         "metrics_port": 0,
     }
+    write(settings, wanted("poet", "broken"))
+    return settings
+
+
+def write(settings: dict[str, Any], manifest: str) -> None:
+    Path(settings["manifest"]).write_text(manifest)
 
 
 def wanted(*names: str) -> str:
@@ -65,10 +69,10 @@ async def test_it_serves_what_the_manifest_says(
         samples = await scrape(harness)
         assert samples["lorax_manifest_adapters"] == 2
         assert samples["lorax_adapters_failed"] == 1
-        settings["manifest"].write_text(wanted("pilot"))
+        write(settings, wanted("pilot"))
         await until(lambda: [each.name for each in harness.server.adapters] == ["pilot"])
-        settings["manifest"].write_text("adapters: {")
-        await until(lambda: str(settings["manifest"]) in harness.server.refused)
+        write(settings, "adapters: {")
+        await until(lambda: settings["manifest"] in harness.server.refused)
         samples = await scrape(harness)
         assert samples["lorax_manifest_read_errors_total"] >= 1
         assert samples["lorax_manifest_adapters"] == 1
@@ -106,7 +110,7 @@ async def test_the_command_line_tells_of_what_failed(
 async def test_a_first_start_needs_a_manifest(
     tokenizer_dir: Path, settings: dict[str, Any]
 ) -> None:
-    settings["manifest"].unlink()
+    settings["manifest"] += ".gone"
     with pytest.raises(InvalidRequest, match=r"manifest .* cannot be read: No such file"):
         await Server(config(**settings)).start()
 

@@ -17,16 +17,17 @@ class Answer:
     """One answer.
 
     Attributes:
+        headers: those that are empty are left out.
         announced: the Content-Length, None for the body's.
         then: what happens once the headers are out. "trickle" sends a byte at a time for ever,
-            "cut" closes the connection after half of the body.
+            "flood" the body again and again, "cut" closes the connection after half of the body.
     """
 
     body: bytes = b""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     announced: int | None = None
-    then: Literal["send", "hang", "trickle", "cut"] = "send"
+    then: Literal["send", "hang", "trickle", "flood", "cut"] = "send"
 
 
 Script = Callable[[str, str], "Answer | None"]
@@ -82,7 +83,8 @@ class RawServer:
         announced = len(answer.body) if answer.announced is None else answer.announced
         handler.send_response(answer.status)
         for name, value in ({"Content-Length": str(announced)} | answer.headers).items():
-            handler.send_header(name, value)
+            if value:
+                handler.send_header(name, value)
         handler.end_headers()
         if handler.command == "HEAD":
             return
@@ -96,6 +98,8 @@ class RawServer:
             self.stopping.wait()
         while answer.then == "trickle" and not self.stopping.wait(0.02):
             handler.wfile.write(b"x")
+        while answer.then == "flood" and not self.stopping.is_set():
+            handler.wfile.write(answer.body)
         if answer.then == "cut":
             handler.wfile.write(answer.body[: len(answer.body) // 2])
         if answer.then == "send":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorax_serve.errors import InvalidRequest
-from lorax_serve.sources import open_source
+from lorax_serve.sources import open_object, open_source
 from tests.sources.fetching import ADAPTER, fetched, write_adapter
 
 
@@ -91,12 +92,41 @@ def test_malformed_uris(uri: str, message: str) -> None:
         open_source(uri)
 
 
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("https://bucket.example/a.yaml?X-Amz-Signature=hunter2", "manifest https://...: is read"),
+        ("hf://org/repo/a.yaml", "give --manifest PATH or --manifest s3://bucket/path"),
+        ("file:///a.yaml", "manifest file://...: is read from a file or a bucket only"),
+        ("s3://hunter2@bucket/a.yaml", "credentials do not belong into a URI"),
+        ("s3://bucket/a.yaml?versionId=hunter2", "'?' and '#' mean nothing"),
+        ("s3://", "manifest s3://: '' is no bucket"),
+        ("s3://bucket", "manifest s3://bucket: names no file in the bucket"),
+        ("s3://bucket/", "names no file in the bucket"),
+        ("s3://bucket/a/", "names no file in the bucket"),
+        ("s3://bucket/../a.yaml", "manifest s3://bucket/../a.yaml: path '../a.yaml' leads outside"),
+    ],
+)
+def test_what_is_no_object(uri: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(message)) as caught:
+        open_object(uri, "manifest")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_an_object() -> None:
+    assert open_object("S3://bucket/a/b.yaml", "manifest").uri == "s3://bucket/a/b.yaml"
+
+
 @pytest.mark.parametrize("missing", ["boto3", "botocore"])
 def test_without_boto3(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "lorax_serve.sources.s3", raising=False)
-    with pytest.raises(InvalidRequest, match=r"run pip install 'lorax-serve\[s3\]'"):
-        open_source("s3://bucket")
+    for module in ("s3", "s3_client", "s3_object"):
+        monkeypatch.delitem(sys.modules, f"lorax_serve.sources.{module}", raising=False)
+    message = rf"s3://bucket/a: needs {missing}.*; run pip install 'lorax-serve\[s3\]'"
+    with pytest.raises(InvalidRequest, match=f"source {message}"):
+        open_source("s3://bucket/a")
+    with pytest.raises(InvalidRequest, match=f"manifest {message}"):
+        open_object("s3://bucket/a", "manifest")
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:

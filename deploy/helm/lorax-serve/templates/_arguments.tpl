@@ -11,6 +11,7 @@
 -}}
 {{- with $v.adapters -}}
 {{- if .manifest -}}{{- $_ := set $flags "manifest" "/etc/lorax/adapters/adapters.yaml" -}}{{- end -}}
+{{- if .manifestUri -}}{{- $_ := set $flags "manifest" .manifestUri -}}{{- end -}}
 {{- if .source -}}{{- $_ := set $flags "source" .source -}}{{- end -}}
 {{- if .existingClaim -}}{{- $_ := set $flags "adapters" "/adapters" -}}{{- end -}}
 {{- if .loadOnDemand -}}{{- $_ := set $flags "load-on-demand" "on" -}}{{- end -}}

@@ -5,14 +5,18 @@
 {{- if and $v.terminationGraceSeconds (le (int $v.terminationGraceSeconds) (int $end)) -}}
 {{- fail (printf "terminationGraceSeconds (%d) must be more than preStopSeconds + drainSeconds (%d): running requests would be cut off" (int $v.terminationGraceSeconds) (int $end)) -}}
 {{- end -}}
-{{- if and $v.adapters.source (or $v.adapters.manifest $v.adapters.existingClaim) -}}
-{{- fail "adapters.source excludes adapters.manifest and existingClaim: a server has one word on what it serves" -}}
+{{- if and $v.adapters.manifest $v.adapters.manifestUri -}}
+{{- fail "adapters.manifest and adapters.manifestUri exclude each other: one list says what is served" -}}
 {{- end -}}
-{{- if and $v.adapters.loadOnDemand $v.adapters.manifest -}}
-{{- fail "adapters.loadOnDemand excludes adapters.manifest, which decides alone what is served" -}}
+{{- $manifest := or $v.adapters.manifest $v.adapters.manifestUri -}}
+{{- if and $v.adapters.source (or $manifest $v.adapters.existingClaim) -}}
+{{- fail "adapters.source excludes adapters.manifest, manifestUri and existingClaim: a server has one word on what it serves" -}}
 {{- end -}}
-{{- if and (eq $v.state.kind "none") (or $v.adapters.manifest $v.adapters.source $v.adapters.loadOnDemand) -}}
-{{- fail "state.kind none reads adapters where they are: adapters.manifest, source and loadOnDemand need another" -}}
+{{- if and $v.adapters.loadOnDemand $manifest -}}
+{{- fail "adapters.loadOnDemand excludes adapters.manifest and manifestUri, which decide alone what is served" -}}
+{{- end -}}
+{{- if and (eq $v.state.kind "none") (or $manifest $v.adapters.source $v.adapters.loadOnDemand) -}}
+{{- fail "state.kind none reads adapters where they are: adapters.manifest, manifestUri, source and loadOnDemand need another" -}}
 {{- end -}}
 {{- if and $v.adapters.loadOnDemand (not $v.adapters.source) (not $v.adapters.existingClaim) -}}
 {{- fail "adapters.loadOnDemand needs adapters.source or adapters.existingClaim to load from" -}}
