@@ -52,17 +52,27 @@ class Gateway:
         ports: its own, and those of others.
         logs: directory of its log and of the file that it reads.
         round_robin: whether it ignores adapters, to compare.
+        text: of its file, where that is another than ``CONFIG``: one that the chart rendered.
 
     Attributes:
         process: of it.
         address: for calls.
     """
 
-    def __init__(self, name: str, ports: Ports, logs: Path, *, round_robin: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        ports: Ports,
+        logs: Path,
+        *,
+        round_robin: bool = False,
+        text: str | None = None,
+    ) -> None:
         envoy = find_envoy()
         assert envoy is not None, "there is no envoy: run make gateway-setup"
         rendered = logs / f"{name}.yaml"
-        rendered.write_text(_configuration(ports, round_robin))
+        known = CONFIG.read_text() if text is None else text
+        rendered.write_text(_configuration(known, ports, round_robin))
         command = [envoy, "-c", str(rendered), "--config-yaml", json.dumps(_resolver(ports))]
         # As the chart has it, but for threads.
         command += ["--disable-hot-restart", "--concurrency", "1", "--log-level", "warning"]
@@ -91,15 +101,15 @@ class Gateway:
         return f"127.0.0.1:{self._ports.status}"
 
 
-def _configuration(ports: Ports, round_robin: bool) -> str:
-    text = CONFIG.read_text().replace("0.0.0.0", "127.0.0.1")
+def _configuration(text: str, ports: Ports, round_robin: bool) -> str:
+    text = text.replace("0.0.0.0", "127.0.0.1")
     for name in ("listener", "admin", "status", "replica"):
         here = f"port_value: {getattr(ports, name)} }}"
         text, found = re.subn(rf"port_value: \d+ }}  # {name} port", here, text)
-        assert found, f"{CONFIG} has no line for the {name} port"
+        assert found, f"the configuration has no line for the {name} port"
     if round_robin:
         text, found = re.subn(r"RING_HASH\n +ring_hash_lb_config: .*", "ROUND_ROBIN", text)
-        assert found == 1, f"{CONFIG} has no RING_HASH"
+        assert found == 1, "the configuration has no RING_HASH"
     return text
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorax_serve import __version__
 from lorax_serve.cli.adapters import add_commands
+from lorax_serve.cli.connection import add_connection_flags, connect
 from lorax_serve.cli.plan import add_plan
 from lorax_serve.errors import InvalidRequest, LoraxError
 from lorax_serve.sampling_flags import add_sampling_flags, given_sampling
@@ -17,7 +18,6 @@ from lorax_serve.sampling_flags import add_sampling_flags, given_sampling
 __all__ = ["main"]
 
 _INTERRUPTED = 130
-_DEFAULT_SERVER = "localhost:50051"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not options.needs_server:
             return options.run(options) or 0
-        from lorax_serve.client import Client
-
-        with Client(options.server or _DEFAULT_SERVER, timeout=options.timeout) as client:
+        # What it would print of a connection that fails, our errors say in one line.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        with connect(options) as client:
             return options.run(client, options) or 0
     except LoraxError as error:
         print(f"lorax: error: {error}", file=sys.stderr)
@@ -143,13 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lorax", description="Talk to a lorax-serve server.")
     parser.add_argument("--version", action="version", version=f"lorax {__version__}")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--server",
-        metavar="HOST:PORT",
-        default=os.environ.get("LORAX_SERVER"),
-        help=f"default: $LORAX_SERVER, else {_DEFAULT_SERVER}",
-    )
-    common.add_argument("--timeout", type=float, metavar="SECONDS", help="for each call")
+    add_connection_flags(common)
     parser.set_defaults(needs_server=True)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -25,6 +25,7 @@ from lorax_serve.client.results import (
     TopToken,
 )
 from lorax_serve.client.sync import Client
+from lorax_serve.client.tls import Tls
 from lorax_serve.core import Freed, StopReason
 from lorax_serve.report import LoadReport, ModuleReport, ProbeOutcome, ProbeReport
 
@@ -48,6 +49,7 @@ __all__ = [
     "ServerError",
     "StopReason",
     "TimedOut",
+    "Tls",
     "Token",
     "Tokens",
     "TopToken",

@@ -23,6 +23,7 @@ from lorax_serve.client.results import (
     Tokens,
     load_report,
 )
+from lorax_serve.client.tls import Tls
 from lorax_serve.client.upload import upload_messages
 from lorax_serve.core import Freed
 from lorax_serve.pb.lorax.v1 import (
@@ -41,8 +42,12 @@ class AsyncClient:
 
     Args:
         address: ``host:port`` of the server's gRPC.
+        tls: how to speak TLS, as gateways do; None speaks plain HTTP/2, as the server itself does.
         timeout: seconds that a call may take, None for ever; each call may say otherwise.
         retries: how often a call is made again that met an unavailable server, 0 to 4.
+
+    Raises:
+        InvalidRequest: ``retries`` is out of range, or a file of ``tls`` cannot be used.
 
     Every call raises:
         InvalidRequest, AdapterRejected, AdapterNotFound, AdapterConflict, SourceFailed,
@@ -51,11 +56,20 @@ class AsyncClient:
     """
 
     def __init__(
-        self, address: str = "localhost:50051", *, timeout: float | None = None, retries: int = 3
+        self,
+        address: str = "localhost:50051",
+        *,
+        tls: Tls | None = None,
+        timeout: float | None = None,
+        retries: int = 3,
     ) -> None:
         self._address = address
         self._timeout = timeout
-        self._channel = grpc.aio.insecure_channel(address, requests.channel_options(retries))
+        options = requests.channel_options(retries)
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(address, options)
+        else:
+            self._channel = grpc.aio.secure_channel(address, tls.credentials(), options)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)

@@ -27,6 +27,16 @@ from lorax_serve.routing import REPLICA_METADATA
 __all__ = ["ServerError", "TimedOut", "Unavailable", "error_of"]
 
 _RESET = "RST_STREAM"
+# What gRPC says of a connection that could not be made, and what to make of that.
+_CONNECTING = {
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not trusted",
+    "Hostname Verification": "the server's certificate is for another name",
+    "WRONG_VERSION_NUMBER": "the server does not speak TLS",
+    "TSI_DATA_CORRUPTED": "the server asks for a client certificate, or refuses the one it got",
+    "Handshake read failed": "the server ended the connection in the middle of TLS's handshake",
+    "Socket closed": "the server may ask for TLS, or for a client certificate",
+    "Connection reset": "the server may ask for TLS, or for a client certificate",
+}
 _REJECT_REASON = "lorax-reject-reason"
 _LOAD_REPORT = "lorax-load-report-bin"
 _SOURCE_REASON = "lorax-source-reason"
@@ -45,8 +55,8 @@ class ServerError(LoraxError):
 
 
 class Unavailable(ServerError):
-    """The server cannot be reached, is starting or shutting down, or has lost its engine; or it, or
-    the proxy before it, vanished during the call."""
+    """The server cannot be reached, TLS with it fails, it is starting or shutting down, or has lost
+    its engine; or it, or the proxy before it, vanished during the call."""
 
 
 class TimedOut(ServerError):
@@ -77,10 +87,18 @@ def error_of(call: Any, address: str) -> LoraxError:
     if code in _ERRORS and not reset:
         return _ERRORS[code](message)
     if code is grpc.StatusCode.UNAVAILABLE or reset:
-        return Unavailable(f"{address}: {message}")
+        return Unavailable(f"{address}: {_explained(message)}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return TimedOut(f"{address} did not answer in time; raise the timeout")
     return ServerError(f"{address}: {code.name}: {message}")
+
+
+def _explained(message: str) -> str:
+    if "failed to connect" in message:
+        for sign, meaning in _CONNECTING.items():
+            if sign in message:
+                return f"{meaning}: {message}"
+    return message
 
 
 def _report(raw: bytes | None) -> LoadReport | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,17 @@ def pod_of(text: str, container: str = "lorax-serve") -> Any:
     return deployments(text)[container]["spec"]["template"]["spec"]
 
 
-def asked_by(pod: Any, services: Collection[str]) -> str:
-    """The Service that helm test asks: the gateway's, if there is one."""
+def asked_by(pod: Any, services: Mapping[str, Any]) -> str:
+    """The Service that helm test asks: the gateway's, if there is one without TLS."""
     own = str(pod["metadata"]["name"].removesuffix("-test"))
-    return f"{own}-gateway" if f"{own}-gateway" in services else own
+    gateway = services.get(f"{own}-gateway", {"ports": [{}]})
+    plain = gateway["ports"][0].get("appProtocol") == "kubernetes.io/h2c"
+    return f"{own}-gateway" if plain else own
+
+
+def services_of(text: str) -> dict[str, Any]:
+    """What is in each Service, by name."""
+    return {each["metadata"]["name"]: each["spec"] for each in objects(text, "Service")}
 
 
 def named(text: str, kind: str, name: str) -> Any:
@@ -106,9 +113,7 @@ def test_pods_are_restricted_and_probed(renders: dict[str, str], name: str) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_helm_test_asks_the_service(renders: dict[str, str], name: str) -> None:
     (pod,) = objects(renders[name], "Pod")
-    services = {
-        each["metadata"]["name"]: each["spec"] for each in objects(renders[name], "Service")
-    }
+    services = services_of(renders[name])
     own = asked_by(pod, services)
     asked = f"{own}:{services[own]['ports'][0]['port']}"
     commands = []
@@ -132,7 +137,7 @@ def test_helm_test_asks_the_service(renders: dict[str, str], name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_network_policy_lets_helm_test_in(renders: dict[str, str], name: str) -> None:
     (pod,) = objects(renders[name], "Pod")
-    own = asked_by(pod, {each["metadata"]["name"] for each in objects(renders[name], "Service")})
+    own = asked_by(pod, services_of(renders[name]))
     policies = objects(renders[name], "NetworkPolicy")
     (policy,) = (each for each in policies if each["metadata"]["name"] == own)
     (calls,) = (each for each in policy["spec"]["ingress"] if each["ports"] == [{"port": "grpc"}])
@@ -186,6 +191,41 @@ def test_the_gateway_is_the_tested_one(renders: dict[str, str]) -> None:
     listeners = yaml.safe_load(files["envoy.yaml"])["static_resources"]["listeners"]
     ports = {each["name"]: each["address"]["socket_address"]["port_value"] for each in listeners}
     assert ports == {each["name"]: each["containerPort"] for each in container["ports"]}
+
+
+@needs_helm
+def test_tls_is_all_that_differs_from_the_tested_gateway(renders: dict[str, str]) -> None:
+    text = renders["gateway-tls"]
+    files = named(text, "ConfigMap", "lorax-lorax-serve-gateway")["data"]
+    headless = "lorax-lorax-serve-headless"
+    config = yaml.safe_load(files["envoy.yaml"])
+    (chain,) = config["static_resources"]["listeners"][0]["filter_chains"]
+    socket = chain.pop("transport_socket")["typed_config"]
+    assert config == yaml.safe_load(CONFIG.read_text().replace(SERVICE, headless))
+    assert socket["require_client_certificate"] is True
+
+    context = socket["common_tls_context"]
+    secrets = context["tls_certificate_sds_secret_configs"]
+    secrets.append(context["validation_context_sds_secret_config"])
+    pod = pod_of(text, "envoy")
+    (container,) = pod["containers"]
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    (volume,) = (each["secret"] for each in pod["volumes"] if each["name"] == "tls")
+    mounted = {f"{mounts['tls']}/{each['path']}" for each in volume["items"]}
+    used = set()
+    for each in secrets:
+        path = Path(each["sds_config"]["path_config_source"]["path"])
+        assert str(path.parent) == mounts["config"]
+        (secret,) = yaml.safe_load(files[path.name])["resources"]
+        assert secret["name"] == each["name"]
+        content = secret.get("tls_certificate") or secret["validation_context"]
+        assert content.pop("watched_directory") == {"path": mounts["tls"]}
+        used |= {file["filename"] for file in content.values()}
+    assert used == mounted
+
+    for name, protocol in (("gateway", "kubernetes.io/h2c"), ("gateway-tls", "tls")):
+        (port,) = services_of(renders[name])["lorax-lorax-serve-gateway"]["ports"]
+        assert port["appProtocol"] == protocol
 
 
 @needs_helm
@@ -251,6 +291,8 @@ def test_a_manifest_in_a_bucket_is_no_file_of_the_pod(renders: dict[str, str]) -
         ("adapters.manifestUri=s3://a/b,adapters.source=s3://a", "adapters.source excludes"),
         ("adapters.manifestUri=s3://a/b,adapters.loadOnDemand=true", "loadOnDemand excludes"),
         ("adapters.manifestUri=s3://a/b,state.kind=none", "reads adapters where they are"),
+        ("gateway.tls.requireClientCertificates=true", "needs gateway.tls.secret"),
+        ("gateway.tls.secret=Not/AName", "/gateway/tls/secret"),
         ("autoscaling.kind=keda", "where Prometheus is"),
         ("autoscaling.kind=hpa,autoscaling.scaleDownSeconds=30", "at least drainSeconds"),
     ],

@@ -27,6 +27,9 @@
 {{- fail "state.kind existingClaim: one server uses a state directory at a time; set replicas: 1 and autoscaling.kind: none" -}}
 {{- end -}}
 {{- end -}}
+{{- if and $v.gateway.tls.requireClientCertificates (not $v.gateway.tls.secret) -}}
+{{- fail "gateway.tls.requireClientCertificates needs gateway.tls.secret: the roots that sign them are its ca.crt" -}}
+{{- end -}}
 {{- if ne $v.autoscaling.kind "none" -}}
 {{- if lt (int $v.autoscaling.scaleDownSeconds) (int $v.drainSeconds) -}}
 {{- fail "autoscaling.scaleDownSeconds must be at least drainSeconds: pods would be taken away faster than they drain" -}}
