@@ -12,7 +12,7 @@ import numpy as np
 
 __all__ = ["STEADY", "Costs", "Loaded", "Pace", "Step", "fit", "pace_of"]
 
-_QUANTILES = 201
+_KEPT = 200
 
 
 class Step(NamedTuple):
@@ -72,10 +72,10 @@ class Costs:
         step: of each step.
         decode, prompt_token, adapter, put: for each of these.
         beside_load: that a step takes longer for each second that an adapter is read beside it.
-        noise: quantiles of a step's time over what the above say, of steps without prompts.
+        noise: a step's time over what the above say, of steps without prompts; all equally often.
         prompt_noise: of steps with prompts; empty: as ``noise``.
-        loads: quantiles of the seconds in which an adapter is read, checked and folded.
-        wakes: quantiles of the seconds from a message's coming until an idle engine takes it.
+        loads: the seconds in which an adapter is read, checked and folded; all equally often.
+        wakes: those from a message's coming until an idle engine takes it; all equally often.
     """
 
     step: float
@@ -165,22 +165,25 @@ def fit(
         *(found[0], found[1], found[2], found[3], found[4], found[5]),
         noise=_noise(seconds[~prompts], expected[~prompts]) or (1.0,),
         prompt_noise=_noise(seconds[prompts], expected[prompts]),
-        loads=_quantiles(reading),
-        wakes=_quantiles(wakes or (0.0,)),
+        loads=_spread(reading),
+        wakes=_spread(wakes or (0.0,)),
     )
 
 
 def _noise(seconds: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> tuple[float, ...]:
-    """Quantiles of the ratios, such that their mean gives the seconds of all steps together."""
+    """Ratios, such that their mean gives the seconds of all steps together."""
     if not len(seconds):
         return ()
-    ratios = np.quantile(seconds / expected, np.linspace(0, 1, _QUANTILES))
+    ratios = np.array(_spread(seconds / expected))
     return tuple(map(float, ratios * (seconds.sum() / expected.sum() / ratios.mean())))
 
 
-def _quantiles(values: Sequence[float]) -> tuple[float, ...]:
-    places = np.linspace(0, 1, min(_QUANTILES, len(values)))
-    return tuple(map(float, np.quantile(values, places)))
+def _spread(values: np.ndarray[Any, Any] | Sequence[float]) -> tuple[float, ...]:
+    """As many values as are kept, each of which stands for as many: in their order, the means of
+    equal parts. Their mean is that of all, and the largest of many thousands does not become one of
+    two hundred."""
+    parts = np.array_split(np.sort(values), min(_KEPT, len(values)))
+    return tuple(float(part.mean()) for part in parts)
 
 
 def pace_of(steps: Sequence[Step], window: float) -> Pace:

@@ -347,6 +347,16 @@ def test_a_fit_finds_the_costs_that_steps_were_made_of() -> None:
         fit([], [])
 
 
+def test_one_slow_step_of_thousands_stays_one_of_thousands() -> None:
+    steps = [Step(1, 0, 0, 0, 0.0, 0.01, 0.0) for _ in range(9999)]
+    steps.append(Step(1, 0, 0, 0, 0.0, 1.0, 0.0))
+    found = fit(steps, [Loaded(0.1, 0.0)])
+    alone = found.seconds(1, 0, 0, 0)
+    assert alone * np.median(found.noise) == pytest.approx(0.01, rel=0.01)
+    mean = alone * sum(found.noise) / len(found.noise)
+    assert mean == pytest.approx(sum(step.seconds for step in steps) / len(steps))
+
+
 def test_no_cost_is_negative() -> None:
     steps = [Step(n, 0, n % 3, 0, 0.0, 0.01 + 0.001 * n - 0.002 * (n % 3), 0.0) for n in range(30)]
     found = fit(steps, [Loaded(0.1, 0.0)])
