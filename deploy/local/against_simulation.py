@@ -37,6 +37,7 @@ _PROMPT_TOKENS, _NEW_TOKENS = 8, 4
 
 
 def measure(options: argparse.Namespace) -> Result:
+    """Both sides, and how far they are apart."""
     costs = Costs.from_json(_fields(options.costs))
     real = [_real() for _ in range(options.repeats)]
     simulated = [_simulated(costs, draw) for draw in range(_DRAWS)]
