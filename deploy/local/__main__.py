@@ -1,5 +1,5 @@
-"""``make local-cluster``: bring the cluster up, prove what it promises, print the figures as one
-line of JSON; with ``--keep``, leave it running until Ctrl-C instead."""
+"""``make local-cluster``: bring the cluster up, prove what it promises, print the figures and the
+promises that are broken as one line of JSON; with ``--keep``, leave it running until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,64 +10,71 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.local import proofs
-from deploy.local.alerts import alerts
 from deploy.local.cluster import Cluster
 from deploy.local.prometheus import NO_PROMETHEUS
+from deploy.local.promises import PROMISES, Proof, broken
 
-PROOFS: tuple[Callable[[Cluster], Awaitable[dict[str, Any]]], ...] = (
-    proofs.affinity,
-    alerts,  # before restarts, of which some alerts tell for an hour
-    proofs.adapter_loads,
-    proofs.manifest,
-    proofs.rolling_restart,
-    proofs.gateway_drain,
-    proofs.kill,
-    proofs.rolling_upgrade,
-)
+_BY_NAME = {proof.__name__: proof for proof in PROMISES}
 
 
-def main() -> None:
-    """Run the command."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0 if all that was tried holds, 1 if not; the line of JSON says what is broken.
+    """
     parser = argparse.ArgumentParser(prog="python -m deploy.local", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="prove nothing, run until Ctrl-C")
-    parser.add_argument("--only", action="append", help="the name of a proof; default: all")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--only", action="append", choices=list(_BY_NAME), help="one proof of all; repeatable"
+    )
+    options = parser.parse_args(argv)
     # Whatever ends this process ends those that it has started.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     with tempfile.TemporaryDirectory(prefix="lorax-local-") as directory:
         cluster = Cluster(Path(directory))
+        figures: dict[str, Any] = {}
+        wrong: dict[str, list[str]] = {}
         try:
             began = time.monotonic()
             cluster.start()
-            for process in cluster.processes:
-                print(f"{process.name:18} {process.log}", file=sys.stderr)
-            print(f"gateway            {cluster.gateway}", file=sys.stderr, flush=True)
-            watched = cluster.prometheus.url if cluster.prometheus else NO_PROMETHEUS
-            print(f"prometheus         {watched}", file=sys.stderr, flush=True)
+            _show(cluster)
             if options.keep:
                 _wait()
-                return
-            figures: dict[str, Any] = {"start_seconds": round(time.monotonic() - began, 1)}
-            for proof in PROOFS:
-                if options.only and proof.__name__ not in options.only:
-                    continue
-                figures[proof.__name__] = found = asyncio.run(_run(proof, cluster))
-                print(f"{proof.__name__}: {found}", file=sys.stderr, flush=True)
-            print(json.dumps(figures))
+                return 0
+            figures["start_seconds"] = round(time.monotonic() - began, 1)
+            for name, proof in _BY_NAME.items():
+                if not options.only or name in options.only:
+                    figures[name] = found = asyncio.run(_run(proof, cluster))
+                    print(f"{name}: {found}", file=sys.stderr, flush=True)
+                    if promises := broken(proof, found):
+                        wrong[name] = promises
+        except Exception as error:
+            wrong["error"] = [f"{type(error).__name__}: {error}"]
+            traceback.print_exc()
         finally:
             cluster.stop()
+    print(json.dumps({**figures, "broken": wrong}))
+    return 1 if wrong else 0
 
 
-async def _run(
-    proof: Callable[[Cluster], Awaitable[dict[str, Any]]], cluster: Cluster
-) -> dict[str, Any]:
+async def _run(proof: Proof, cluster: Cluster) -> dict[str, Any]:
     return await proof(cluster)
+
+
+def _show(cluster: Cluster) -> None:
+    """Where everything is, and its logs."""
+    for process in cluster.processes:
+        print(f"{process.name:18} {process.log}", file=sys.stderr)
+    print(f"gateway            {cluster.gateway}", file=sys.stderr)
+    watched = cluster.prometheus.url if cluster.prometheus else NO_PROMETHEUS
+    print(f"prometheus         {watched}", file=sys.stderr, flush=True)
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -83,4 +90,4 @@ def _wait() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

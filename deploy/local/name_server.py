@@ -1,14 +1,17 @@
 """A name server that knows one name: what a headless Service is in a cluster.
 
-``python -m deploy.local.name_server PORT NAME FILE`` answers on 127.0.0.1, over UDP, that NAME has
-the IPv4 addresses that are in FILE now, one a line.
+``python -m deploy.local.name_server PORT NAME FILE SECONDS`` answers on 127.0.0.1, over UDP, that
+NAME has the IPv4 addresses that are in FILE, one a line. As those of clusters do, it keeps what it
+knows for some seconds.
 """
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
 import sys
+import time
 from pathlib import Path
 
 _SECONDS = 1  # that an answer may be kept
@@ -37,13 +40,17 @@ def answer(query: bytes, name: str, addresses: list[str]) -> bytes:
 
 def main() -> None:
     """Answer until the process is ended."""
-    port, name, file = sys.argv[1:]
+    port, name, file, seconds = sys.argv[1:]
+    known: list[str] = []
+    read = -math.inf
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind(("127.0.0.1", int(port)))
         while True:
             query, client = server.recvfrom(512)
             try:
-                server.sendto(answer(query, name, Path(file).read_text().split()), client)
+                if time.monotonic() > read + float(seconds):
+                    known, read = Path(file).read_text().split(), time.monotonic()
+                server.sendto(answer(query, name, known), client)
             except (IndexError, struct.error):  # no query
                 continue
 

@@ -1,4 +1,4 @@
-"""What routing promises, measured on a running cluster: figures, which the tests judge."""
+"""What routing promises, measured on a running cluster: figures, which ``promises`` judges."""
 
 from __future__ import annotations
 
@@ -68,7 +68,10 @@ async def rolling_restart(cluster: Cluster) -> dict[str, Any]:
 
 async def rolling_upgrade(cluster: Cluster) -> dict[str, Any]:
     """The same, but each is replaced by a new one at another address, with an empty disk."""
-    return await _while_changing(cluster, cluster.replace)
+    old = sorted(replica.name for replica in cluster.replicas)
+    found = await _while_changing(cluster, cluster.replace)
+    new = sorted(replica.name for replica in cluster.replicas)
+    return {**found, "replaced": old, "replicas": new}
 
 
 async def _while_changing(cluster: Cluster, change: Callable[[Replica], object]) -> dict[str, Any]:
@@ -80,7 +83,7 @@ async def _while_changing(cluster: Cluster, change: Callable[[Replica], object])
         await asyncio.sleep(1)
         for replica in list(cluster.replicas):
             await asyncio.to_thread(change, replica)
-            await asyncio.sleep(2)  # as minReadySeconds
+            await asyncio.sleep(2)
         before = len(short.ended)
         await asyncio.sleep(2)
     both = Calls(short.ended + long.ended)
@@ -148,6 +151,7 @@ async def kill(cluster: Cluster) -> dict[str, Any]:
     failed = long.failed + short.failed
     moved = {call.adapter for call in after.ended if homes.get(call.adapter) == victim.name}
     return {
+        "victim": victim.name,
         "long_streams": len(long.ended),
         "long_failed": len(long.failed),
         "long_failed_elsewhere": sum(homes[call.adapter] != victim.name for call in long.failed),

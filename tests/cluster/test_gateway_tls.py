@@ -101,7 +101,7 @@ async def running(directory: Path, first: Authority, *values: str) -> AsyncItera
         addresses = directory / "addresses"
         addresses.write_text("127.0.0.1")
         command = [sys.executable, "-m", "deploy.local.name_server", str(names), SERVICE]
-        name_server = Process("name-server", [*command, str(addresses)], directory)
+        name_server = Process("name-server", [*command, str(addresses), "0"], directory)
         ports = Ports(listener, admin, status, harness.server.port, names)
         gateway = Gateway("gateway", ports, directory, text=files["envoy.yaml"])
         try:

@@ -154,6 +154,17 @@ def test_the_network_policy_lets_helm_test_in(renders: dict[str, str], name: str
 
 
 @needs_helm
+def test_new_pods_are_known_before_old_ones_go(renders: dict[str, str]) -> None:
+    for name in NAMES:
+        for each in deployments(renders[name]).values():
+            # Name servers of clusters keep answers for 30 seconds.
+            assert each["spec"]["minReadySeconds"] >= 30
+            assert (
+                each["spec"].get("progressDeadlineSeconds", 600) > each["spec"]["minReadySeconds"]
+            )
+
+
+@needs_helm
 def test_autoscalers_wait_for_the_drain(renders: dict[str, str]) -> None:
     (scaler,) = objects(renders["everything"], "HorizontalPodAutoscaler")
     (scaled,) = objects(renders["keda"], "ScaledObject")
