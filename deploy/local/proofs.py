@@ -12,6 +12,7 @@ from deploy.local.cluster import NAMES, SPARE, WATCH_SECONDS, Cluster
 from deploy.local.load import Calls, Load, even, power_law
 from deploy.local.processes import wait_until
 from deploy.local.replica import Replica
+from deploy.local.service import Service
 from lorax_serve.client import AsyncClient
 from lorax_serve.errors import LoraxError
 
@@ -98,21 +99,24 @@ async def _while_changing(cluster: Cluster, change: Callable[[Replica], object])
 
 
 async def gateway_drain(cluster: Cluster) -> dict[str, Any]:
-    """One of two gateways goes as Kubernetes lets it, under load, and comes back. New connections
-    find one that takes them, as behind a Service."""
+    """One of two gateways behind a Service goes as Kubernetes lets it, under load, and comes back."""
     first, second, _ = cluster.gateways
-    both = f"ipv4:{first.address},{second.address}"
     async with (
-        Load(both) as load,
+        Service([first.address]) as service,
+        Load(service.address) as load,
         load.running(even(NAMES), at_once=4) as short,
         load.running(even(NAMES, seed=1), at_once=3, tokens=_LONG) as long,
     ):
         await asyncio.sleep(1)
+        service.addresses = [first.address, second.address]
         began = time.monotonic()
-        await asyncio.to_thread(first.drain, 60)
+        draining = asyncio.create_task(asyncio.to_thread(first.drain, 60))
+        await asyncio.sleep(2)  # until all nodes have heard of it
+        service.addresses = [second.address]
+        await draining
         drained = time.monotonic()
         code = await asyncio.to_thread(first.process.stop)
-        await asyncio.sleep(1)
+        await asyncio.sleep(2)
         after = sum(call.started > drained for call in short.ended)
     first.process.start()
     await asyncio.to_thread(wait_until, lambda: first.healthy() == 3, first.process)
@@ -122,6 +126,7 @@ async def gateway_drain(cluster: Cluster) -> dict[str, Any]:
         "long_streams": len(long.ended),
         "failed": len(calls.failed),
         "errors": calls.errors,
+        "details": calls.details,
         "drain_seconds": round(drained - began, 1),
         "exit_code": code,
         "calls_after": after,

@@ -4,9 +4,9 @@
 #
 #   drain.sh SECONDS [ADMIN_PORT]
 #
-# First every connection that answers is told to go elsewhere (GOAWAY). When all who send calls here
-# have had time to notice that others should get them, new connections are refused. It ends when no
-# request is left, after SECONDS at most.
+# Every connection that answers is told to go elsewhere (GOAWAY), and who comes all the same is served. It
+# ends when no request is left and all who send calls here have had time to notice that others should
+# get them; after SECONDS at most.
 set -uo pipefail
 seconds=$1 admin=${2:-9901}
 notice=10
@@ -24,7 +24,6 @@ active() { # streams that run
 
 ask POST '/drain_listeners?inboundonly&graceful&skip_exit' >/dev/null
 sleep "$((notice < seconds ? notice : seconds))"
-ask POST '/drain_listeners?inboundonly' >/dev/null
 while ((SECONDS < seconds)) && [[ $(active) != 0 ]]; do
   sleep 1
 done
