@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,14 +37,14 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tls",
         action=argparse.BooleanOptionalAction,
-        help=f"speak TLS; default: ${_TLS} ({ON} or {OFF}), else whether a file below is given",
+        help=f"speak TLS; default: on if a flag below gives a file, else ${_TLS} ({ON} or {OFF}), "
+        "else on if a variable does",
     )
     for name, what in _FILES.items():
         variable = f"{_TLS}_{name.upper()}"
         parser.add_argument(
             f"--tls-{name}",
             metavar="FILE",
-            default=os.environ.get(variable),
             help=f"{what}; default: ${variable}",
         )
 
@@ -52,26 +53,40 @@ def connect(options: argparse.Namespace) -> Client:
     """A client of the server that the flags name.
 
     Raises:
-        InvalidRequest: a file for TLS cannot be used, or ``$LORAX_TLS`` is neither on nor off.
+        InvalidRequest: a file for TLS cannot be used or is given beside ``--no-tls``, or
+            ``$LORAX_TLS`` is neither on nor off.
     """
     from lorax_serve.client import Client, Tls  # not for commands without a server
 
+    flags = {name: getattr(options, f"tls_{name}") for name in _FILES}
+    given = {name: file for name, file in flags.items() if file is not None}
+    said = {name: os.environ.get(f"{_TLS}_{name.upper()}") for name in _FILES}
     ca, certificate, key = (
-        Path(file).expanduser() if (file := getattr(options, f"tls_{name}")) else None
-        for name in _FILES
+        Path(file).expanduser() if file else None for file in {**said, **given}.values()
     )
-    wanted = _wanted(options.tls)
+    wanted = _wanted(options.tls, given)
     if wanted is None:
         wanted = any((ca, certificate, key))
     tls = Tls(ca, certificate, key) if wanted else None
     return Client(options.server or _DEFAULT_SERVER, tls=tls, timeout=options.timeout)
 
 
-def _wanted(flag: bool | None) -> bool | None:
-    """What is said of TLS itself; None leaves it to whether there are files."""
-    said = os.environ.get(_TLS)
-    if flag is not None or not said:
+def _wanted(flag: bool | None, given: Collection[str]) -> bool | None:
+    """Whether TLS is asked for, by flags first; None leaves it to the variables of files.
+
+    Args:
+        flag: what ``--tls`` or ``--no-tls`` says.
+        given: which files flags name.
+    """
+    if flag is False and given:
+        raise InvalidRequest(f"--no-tls and --tls-{next(iter(given))} exclude each other; give one")
+    if flag is not None:
         return flag
+    if given:  # whatever a variable says, or prompts would be sent in plain text
+        return True
+    said = os.environ.get(_TLS)
+    if not said:
+        return None
     if said not in (ON, OFF):
         raise InvalidRequest(f"{_TLS} must be {ON} or {OFF}, found {said!r}")
     return said == ON

@@ -31,6 +31,9 @@ __all__ = ["Entry", "Manifest", "parse_manifest"]
 
 _MAX_SHOWN = 140
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
+_MAX_DEPTH = 32
+_ENTRY_DEPTH = 2  # in the list, which is in the mapping
+_MADE = object()  # tags a node whose value is what an entry means; nobody can write this one
 _KEYS = ("name", "source", "digest", "weight", "pinned")
 
 
@@ -113,13 +116,13 @@ def _read(text: bytes, where: str) -> list[Any]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        _check_keys(where, node)
         raw = loader.construct_document(node) if node is not None else None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f" line {mark.line + 1}"
         problem = getattr(error, "problem", None) or type(error).__name__
-        raise InvalidRequest(f"manifest {where}{line}: not valid YAML: {problem}") from error
+        kind = "" if isinstance(error, _Twice) else "not valid YAML: "
+        raise InvalidRequest(f"manifest {where}{line}: {kind}{problem}") from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -140,35 +143,64 @@ def _read(text: bytes, where: str) -> list[Any]:
     return raw["adapters"]
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
-    """Takes no aliases: a few lines of them stand for more than any memory holds."""
+_SafeLoader: Any = yaml.SafeLoader
+if yaml.__with_libyaml__:
+
+    class _InC(yaml.composer.Composer, yaml.CSafeLoader):  # type: ignore[misc]  # no types
+        """Parses in C, a few times as fast, and composes in Python, so that ``_Loader`` can step
+        in. The fewer seconds, the less the process's other threads are held up."""
+
+        def __init__(self, text: bytes) -> None:
+            yaml.composer.Composer.__init__(self)
+            yaml.CSafeLoader.__init__(self, text)
+
+    _SafeLoader = _InC
+
+
+class _Twice(yaml.MarkedYAMLError):  # type: ignore[misc]
+    """A key is there twice."""
+
+
+class _Loader(_SafeLoader):  # type: ignore[misc]
+    """Takes no aliases: a few lines of them stand for more than any memory holds. Nor a key that is
+    there twice, of which YAML would take the last.
+
+    Each entry is made at once from its nodes, which are forgotten then: those of all entries would
+    keep the garbage collector busy for longer than the rest takes, with the process stopped.
+    """
+
+    def __init__(self, text: bytes) -> None:
+        super().__init__(text)
+        self._depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                None,
-                None,
-                f"*{event.anchor} is an alias; write out what it stands for",
-                event.start_mark,
-            )
-        return super().compose_node(parent, index)
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"*{event.anchor} is an alias; write out what it stands for"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        if self._depth == _MAX_DEPTH:
+            problem = f"lists and mappings are nested more than {_MAX_DEPTH} deep"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
+        if self._depth == _ENTRY_DEPTH and isinstance(parent, yaml.SequenceNode):
+            return yaml.ScalarNode(_MADE, self.construct_document(node))
+        return node
 
 
-def _check_keys(where: str, node: Any) -> None:
-    """Refuse a key that is there twice, of which YAML would take the last."""
-    if isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            _check_keys(where, child)
-    if not isinstance(node, yaml.MappingNode):
-        return
+_Loader.add_constructor(_MADE, lambda loader, node: node.value)
+
+
+def _check_keys(node: Any) -> None:
+    """Refuse a key that is there twice."""
     seen: set[str] = set()
-    for key, value in node.value:
+    for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode) and key.value in seen:
-            line = key.start_mark.line + 1
-            raise InvalidRequest(f"manifest {where} line {line}: {key.value} is there twice")
+            raise _Twice(None, None, f"{key.value} is there twice", key.start_mark)
         seen.add(str(key.value))
-        _check_keys(where, value)
 
 
 def _entry(raw: object) -> Entry:

@@ -2,7 +2,7 @@
 
 Unlike a source that is watched (``reconciler``), a manifest says what is *not* wanted too: what
 somebody takes out of it is unloaded. Each entry is a task of its own, so that one that fails, or
-whose source hangs, holds up no other.
+whose source hangs, holds up no other; nor does the manifest's own place.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from lorax_serve.store.catalog import NameRecord
 __all__ = ["ManifestReconciler"]
 
 _MOST_AT_ONCE = 8
+# How long a pass waits for what the manifest says now, before it begins with what it said last.
+_READ_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -84,16 +86,29 @@ class ManifestReconciler:
         return len(manifest.names) if manifest is not None else 0
 
     async def run_once(self) -> None:
-        """One pass, to its end: every entry has been tried."""
+        """Read the manifest, and do one pass, to its end: every entry has been tried."""
+        await self._read()
         await self._begin_pass()
         if self._at_work:
             await asyncio.wait(list(self._at_work.values()))
 
     async def run_for_ever(self, seconds: float) -> None:
-        """Begin a pass every so many seconds, until cancelled."""
+        """Read the manifest and begin a pass every so many seconds, until cancelled.
+
+        While a read hangs, passes begin with what was read last, and one more when it has ended.
+        """
+        reading: asyncio.Task[None] | None = None
         while True:
-            await asyncio.sleep(seconds)
+            if reading is None:
+                await asyncio.sleep(seconds)
+                reading = self._background.run(self._read())
+                await asyncio.wait([reading], timeout=_READ_SECONDS)
+            else:
+                await asyncio.wait([reading], timeout=seconds)
             try:
+                if reading.done():
+                    ended, reading = reading, None
+                    ended.result()
                 await self._begin_pass()
             except LoraxError as error:  # the disk, say
                 log.error("the manifest cannot be followed now: %s", error)
@@ -105,7 +120,7 @@ class ManifestReconciler:
         await self._background.close()
 
     async def _begin_pass(self) -> None:
-        await self._read()
+        """Begin to bring what is served into line with what the manifest said last."""
         records = {record.name: record for record in await self._library.names()}
         manifest = self._reader.last
         entries = {} if manifest is None else manifest.entries
@@ -125,6 +140,7 @@ class ManifestReconciler:
                 self._start(name, self._try(entry, record))
 
     async def _read(self) -> None:
+        """Take in what the manifest says now, or note why it says nothing; one call at a time."""
         where = self._reader.where
         try:
             manifest = await self._reader.read()
@@ -134,6 +150,8 @@ class ManifestReconciler:
                 log.error("what the last good manifest says is served: %s", error)
             self.failures[where] = error
             return
+        if where in self.failures:
+            log.info("manifest %s can be read again", where)
         for name in self.failures.keys() - manifest.names:
             del self.failures[name]
         for name, broken in manifest.broken.items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import boto3
+import botocore.session
 from botocore import exceptions
 from botocore.config import Config
 
@@ -41,12 +43,18 @@ _ADVICE = {
 
 
 class S3Clients:
-    """Makes clients of one session, whose credentials, region and endpoint boto3 finds."""
+    """Makes clients of one session, whose credentials, region and endpoint boto3 finds.
+
+    A session reads the files of credentials once, so that there is a new one after they have
+    changed: Kubernetes puts other ones in their place when somebody rotates a Secret.
+    """
 
     def __init__(self) -> None:
         # Clients may be used by many threads, but made by one at a time.
         self._making = threading.Lock()
         self._session: Any = None
+        self._files: list[str] = []
+        self._versions: list[_Version | None] = []
 
     def client(self, seconds: float) -> Any:
         """A client that waits for a server no longer than ``seconds`` and leaves retries to the
@@ -56,11 +64,35 @@ class S3Clients:
             connect_timeout=seconds, read_timeout=seconds, retries={"total_max_attempts": 1}
         )
         with self._making:
-            if self._session is None:
-                self._session = boto3.session.Session()
-            client = self._session.client("s3", config=config)
+            client = self._current_session().client("s3", config=config)
         client.meta.events.register("before-call.s3.HeadBucket", _OnlyOnce())
         return client
+
+    def _current_session(self) -> Any:
+        if self._session is None or self._versions != [_version(file) for file in self._files]:
+            found = botocore.session.get_session()
+            names = ("credentials_file", "config_file")
+            self._files = [os.path.expanduser(found.get_config_variable(name)) for name in names]
+            # Before it reads them: what changes meanwhile is seen the next time.
+            self._versions = [_version(file) for file in self._files]
+            self._session = boto3.session.Session(botocore_session=found)
+        return self._session
+
+
+class _Version(NamedTuple):
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
+
+
+def _version(file: str) -> _Version | None:
+    """Tells the file that a path leads to now, over links, from others; None: there is none."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return _Version(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 class _OnlyOnce:

@@ -180,6 +180,16 @@ def test_the_command_has_flags_for_it(
     monkeypatch.setenv("LORAX_TLS", "off")
     assert health(server=plain) == "serving\n"
     assert health("--tls") == "serving\n"
+    # A flag beats the variable: never plain text for who names a file.
+    assert health("--tls-ca", str(files["ours.pem"])) == "serving\n"
+    for flag, file in {
+        "--tls-ca": "ours.pem",
+        "--tls-cert": "ours.crt",
+        "--tls-key": "ours.key",
+    }.items():
+        assert "does not speak TLS" in health(flag, str(files[file]), server=plain)
+        assert f"--no-tls and {flag} exclude each other" in health("--no-tls", flag, "file")
+    assert "does not speak TLS" in health("--tls-ca", "", server=plain)
     monkeypatch.setenv("LORAX_TLS", "1")
     assert health() == "lorax: error: LORAX_TLS must be on or off, found '1'\n"
 

@@ -130,9 +130,9 @@ async def test_what_it_said_last_is_kept(bucket: Bucket, monkeypatch: pytest.Mon
 async def test_a_broken_object_is_told_of_each_time(bucket: Bucket, parsed: list[bytes]) -> None:
     """Alerts count how often, also if there is nothing to download."""
     reader = ManifestReader(PLACE)
-    bucket.text = "adapters: ["
+    bucket.text = "adapters: [\n"
     for _ in range(3):
-        with pytest.raises(InvalidRequest, match=f"manifest {PLACE} line 1: not valid YAML"):
+        with pytest.raises(InvalidRequest, match=f"manifest {PLACE} line 2: not valid YAML"):
             await reader.read()
     assert (bucket.sent, len(parsed), reader.last) == ([200, 304, 304], 1, None)
     bucket.text = ONE

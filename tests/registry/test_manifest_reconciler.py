@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import pytest_asyncio
 import yaml
 
 from lorax_serve.errors import AdapterRejected, InvalidRequest, LoraxError, SourceFailed
+from lorax_serve.registry import manifest_reconciler
+from lorax_serve.registry.manifest import Manifest
 from lorax_serve.registry.manifest_reader import ManifestReader
 from lorax_serve.registry.manifest_reconciler import ManifestReconciler
 from lorax_serve.registry.registry import AdapterRegistry
@@ -227,6 +231,81 @@ async def test_a_source_that_hangs_holds_up_no_pass(
     task.cancel()
 
 
+async def test_a_manifest_that_hangs_holds_up_no_entry(
+    followed: Followed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_reconciler, "_READ_SECONDS", 0.01)
+    for name in ("poet", "pilot"):
+        followed.place.write(name, name.encode())
+    followed.write("poet", "late")
+    await followed.start()
+    assert followed.failures.keys() == {"late"}
+    release, asked, opening = threading.Event(), list[Path](), Path.open
+
+    def hanging(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path == followed.path and not release.is_set():
+            asked.append(path)
+            release.wait(20)
+        return opening(path, *args, **kwargs)
+
+    task = asyncio.create_task(followed.reconciler.run_for_ever(0.01))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", hanging)
+            await until(lambda: asked != [])
+            followed.place.write("late", b"1")
+            followed.place.now += 1
+            await until(lambda: followed.served.keys() == {"poet", "late"})
+            assert (len(asked), followed.reconciler.read_errors) == (1, 0)
+            # What it says is taken in as soon as it is there.
+            new = followed.path.with_name("new.yaml")
+            new.write_text("adapters: [{name: pilot, source: pilot}]")
+            new.replace(followed.path)
+            release.set()
+            await until(lambda: followed.served.keys() == {"pilot"})
+    finally:
+        release.set()
+        task.cancel()
+    assert followed.failures == {}
+
+
+async def test_reads_that_hang_are_made_one_at_a_time(
+    followed: Followed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that failed is counted once, whatever passes began meanwhile."""
+    monkeypatch.setattr(manifest_reconciler, "_READ_SECONDS", 0.01)
+    followed.place.write("poet", b"1")
+    followed.write("poet")
+    reader = ManifestReader(str(followed.path))
+    await followed.start(reader)
+    reads = [asyncio.Event() for _ in range(2)]
+    waiting, read = list[asyncio.Event](), reader.read
+
+    async def hanging() -> Manifest:
+        waiting.append(reads[len(waiting)])
+        await waiting[-1].wait()
+        return await read()
+
+    monkeypatch.setattr(reader, "read", hanging)
+    passes, names = 0, followed.place.libraries[0].names
+
+    async def counted() -> Any:
+        nonlocal passes
+        passes += 1
+        return await names()
+
+    monkeypatch.setattr(followed.place.libraries[0], "names", counted)
+    task = asyncio.create_task(followed.reconciler.run_for_ever(0.2))
+    await until(lambda: passes >= 2)
+    followed.path.write_text("oops")
+    assert (len(waiting), followed.reconciler.read_errors) == (1, 0)
+    reads[0].set()
+    await until(lambda: len(waiting) == 2)
+    assert followed.reconciler.read_errors == 1
+    assert followed.served.keys() == {"poet"}
+    task.cancel()
+
+
 async def test_a_manifest_that_cannot_be_read_changes_nothing(followed: Followed) -> None:
     followed.place.write("poet", b"1")
     followed.write("poet")
@@ -243,6 +322,21 @@ async def test_a_manifest_that_cannot_be_read_changes_nothing(followed: Followed
     followed.write()
     await followed.run()
     assert (followed.served, followed.failures) == ({}, {})
+
+
+async def test_the_log_tells_of_a_manifest_when_something_changes(
+    followed: Followed, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, manifest_reconciler.__name__)
+    followed.write()
+    await followed.start()
+    for text in ("oops", "oops", "adapters: []", "adapters: []"):
+        followed.path.write_text(text)
+        await followed.run()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "what the last good manifest says is served" in said[0]
+    assert said[1] == f"manifest {followed.path} can be read again"
 
 
 async def test_a_start_without_a_readable_manifest_serves_what_was_served(

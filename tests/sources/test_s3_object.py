@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -12,6 +13,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from lorax_serve.errors import SourceFailed, SourceReason
+from lorax_serve.sources.s3 import S3Source
 from lorax_serve.sources.s3_object import S3Object
 from tests.sources.raw_server import Answer, RawServer, closed_port, raw_server
 
@@ -189,3 +191,75 @@ def test_what_is_too_large_is_not_read(server: RawServer) -> None:
     assert f"has {100 << 30} bytes, more than {MOST}" in str(error)
     server.script = lambda method, path: Answer(status=304)
     assert read(wanted) == CONTENT
+
+
+@pytest.fixture
+def secret(server: RawServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A Secret as the kubelet mounts it, with a file of credentials that boto3 is told of."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    mount = tmp_path / "secret"
+    mount.mkdir()
+    (mount / "credentials").symlink_to("..data/credentials")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(mount / "credentials"))
+    return mount
+
+
+def rotate(secret: Path, key: str) -> None:
+    """Replace it as the kubelet does: a link to a directory."""
+    version = secret / f"..{key}"
+    version.mkdir()
+    (version / "credentials").write_text(
+        f"[default]\naws_access_key_id={key}\naws_secret_access_key=secret-of-the-test\n"
+    )
+    (secret / "..new").symlink_to(version.name)
+    (secret / "..new").replace(secret / "..data")
+
+
+def signers(server: RawServer) -> list[str]:
+    """Whose keys have signed each request so far."""
+    signatures = [headers["Authorization"] for _, _, headers in server.requests]
+    return [each.partition("Credential=")[2].partition("/")[0] for each in signatures]
+
+
+@pytest.mark.parametrize("kind", ["object", "source"])
+def test_rotated_credentials_are_read_again(server: RawServer, secret: Path, kind: str) -> None:
+    wanted, source = S3Object("bkt", "a.yaml"), S3Source("bkt", "")
+
+    def ask() -> None:
+        read(wanted) if kind == "object" else source.signature("poet")
+
+    with pytest.raises(SourceFailed, match="there are no usable credentials") as caught:
+        ask()
+    assert caught.value.reason is SourceReason.DENIED
+    for key in ("ONE", "TWO"):
+        rotate(secret, key)
+        ask()
+        ask()
+    assert list(dict.fromkeys(signers(server))) == ["ONE", "TWO"]
+    # Written in place, as outside of Kubernetes.
+    file = secret / "..data" / "credentials"
+    file.write_text(file.read_text().replace("TWO", "THREE"))
+    ask()
+    assert signers(server)[-1] == "THREE"
+
+
+def test_credentials_that_stay_are_read_once(
+    server: RawServer, secret: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = list[object](), boto3.session.Session
+
+    def counted(**given: object) -> object:
+        made.append(given)
+        return make(**given)
+
+    monkeypatch.setattr(boto3.session, "Session", counted)
+    rotate(secret, "ONE")
+    wanted = S3Object("bkt", "a.yaml")
+    server.script = lambda method, path: Answer(status=403)
+    for _ in range(3):  # being denied is no reason: nothing would be different
+        assert failure(wanted).reason is SourceReason.DENIED
+    assert len(made) == 1
+    rotate(secret, "TWO")
+    failure(wanted)
+    assert (len(made), signers(server)) == (2, ["ONE", "ONE", "ONE", "TWO"])
