@@ -99,7 +99,7 @@ async def _while_changing(cluster: Cluster, change: Callable[[Replica], object])
 
 
 async def gateway_drain(cluster: Cluster) -> dict[str, Any]:
-    """One of two gateways behind a Service goes as Kubernetes lets it, under load, and comes back."""
+    """One of two gateways behind a Service goes as Kubernetes lets it, under load."""
     first, second, _ = cluster.gateways
     async with (
         Service([first.address]) as service,
