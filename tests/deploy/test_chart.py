@@ -19,6 +19,7 @@ from lorax_serve.config import EngineConfig, ServerConfig
 from lorax_serve.server.app import SERVICES
 
 HELM = helm.find()
+READY = DRAIN.with_name("ready.sh")
 needs_helm = pytest.mark.skipif(HELM is None, reason="there is no helm: make deploy-tools")
 NAMES = [values.stem for values in helm.VARIANTS]
 
@@ -222,6 +223,10 @@ def test_tls_is_all_that_differs_from_the_tested_gateway(renders: dict[str, str]
         assert content.pop("watched_directory") == {"path": mounts["tls"]}
         used |= {file["filename"] for file in content.values()}
     assert used == mounted
+
+    (program, script) = container["readinessProbe"]["exec"]["command"]
+    assert (program, Path(script).parent) == ("bash", Path(mounts["config"]))
+    assert lines(files[Path(script).name]) == lines(READY.read_text())
 
     for name, protocol in (("gateway", "kubernetes.io/h2c"), ("gateway-tls", "tls")):
         (port,) = services_of(renders[name])["lorax-lorax-serve-gateway"]["ports"]
