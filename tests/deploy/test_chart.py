@@ -276,8 +276,25 @@ def test_a_manifest_in_a_bucket_is_no_file_of_the_pod(renders: dict[str, str]) -
 
 @needs_helm
 @pytest.mark.parametrize(
+    "values",
+    [
+        "service.type=NodePort,networkPolicy.clients[0].ipBlock.cidr=10.0.0.0/8",
+        "service.type=NodePort,networkPolicy.enabled=false",
+        "service.type=NodePort,gateway.enabled=true",
+    ],
+)
+def test_a_service_for_outside_is_taken_with_who_may_call(values: str) -> None:
+    assert HELM is not None
+    text = helm.render(HELM, helm.CHART / "ci" / "minimal.yaml", "--set", values)
+    assert "NodePort" in {each["type"] for each in services_of(text).values() if "type" in each}
+
+
+@needs_helm
+@pytest.mark.parametrize(
     ("values", "message"),
     [
+        ("service.type=LoadBalancer", "ipBlock in networkPolicy.clients"),
+        ("gateway.enabled=true,gateway.service.type=NodePort", "gateway.service.type NodePort"),
         ("image.tag=latest", "/image/tag"),
         ("replica=3", "additional properties 'replica' not allowed"),
         ("env.LORAX_PORT=1", "/env"),

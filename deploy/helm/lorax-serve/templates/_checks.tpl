@@ -30,6 +30,15 @@
 {{- if and $v.gateway.tls.requireClientCertificates (not $v.gateway.tls.secret) -}}
 {{- fail "gateway.tls.requireClientCertificates needs gateway.tls.secret: the roots that sign them are its ca.crt" -}}
 {{- end -}}
+{{- $front := ternary "gateway.service" "service" $v.gateway.enabled -}}
+{{- $service := ternary $v.gateway.service $v.service $v.gateway.enabled -}}
+{{- if and $v.networkPolicy.enabled (ne $service.type "ClusterIP") -}}
+{{- $blocks := false -}}
+{{- range $v.networkPolicy.clients -}}{{- if hasKey . "ipBlock" -}}{{- $blocks = true -}}{{- end -}}{{- end -}}
+{{- if not $blocks -}}
+{{- fail (printf "%s.type %s: calls come from addresses of nodes or of outside, which no selector matches: let them in by an ipBlock in networkPolicy.clients" $front $service.type) -}}
+{{- end -}}
+{{- end -}}
 {{- if ne $v.autoscaling.kind "none" -}}
 {{- if lt (int $v.autoscaling.scaleDownSeconds) (int $v.drainSeconds) -}}
 {{- fail "autoscaling.scaleDownSeconds must be at least drainSeconds: pods would be taken away faster than they drain" -}}
