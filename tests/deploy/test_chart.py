@@ -300,6 +300,8 @@ def test_a_service_for_outside_is_taken_with_who_may_call(values: str) -> None:
         ("env.LORAX_PORT=1", "/env"),
         ("settings.port=1", "the chart sets this flag"),
         ("terminationGraceSeconds=70", "must be more than preStopSeconds"),
+        ("terminationGraceSeconds=90,settings.linger-seconds=80", r"settings.linger-seconds \(90\)"),
+        ("monitoring.rules.enabled=true,fullnameOverride=models", "which models lacks"),
         ("state.kind=none,adapters.source=s3://a", "reads adapters where they are"),
         ("state.kind=existingClaim,state.existingClaim=a", "one server uses a state directory"),
         ("adapters.source=s3://a,adapters.existingClaim=b", "excludes"),
@@ -323,6 +325,15 @@ def test_what_does_not_go_together_is_refused(values: str, message: str) -> None
     assert HELM is not None
     with pytest.raises(helm.HelmFailed, match=message):
         helm.render(HELM, helm.CHART / "ci" / "minimal.yaml", "--set", values)
+
+
+@needs_helm
+def test_the_grace_period_is_beyond_the_longest_end() -> None:
+    assert HELM is not None
+    for seconds, grace in (("2", 85), ("80.5", 106)):
+        values = f"settings.linger-seconds={seconds}"
+        text = helm.render(HELM, helm.CHART / "ci" / "minimal.yaml", "--set", values)
+        assert pod_of(text)["terminationGracePeriodSeconds"] == grace
 
 
 def test_the_chart_is_of_this_version() -> None:
