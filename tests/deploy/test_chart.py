@@ -296,11 +296,22 @@ def test_a_service_for_outside_is_taken_with_who_may_call(values: str) -> None:
         ("service.type=LoadBalancer", "ipBlock in networkPolicy.clients"),
         ("gateway.enabled=true,gateway.service.type=NodePort", "gateway.service.type NodePort"),
         ("image.tag=latest", "/image/tag"),
+        ("fullnameOverride=1a", "must begin with a letter"),
+        ("podLabels.app\\.kubernetes\\.io/name=other", "/podLabels"),
+        ("monitoring.rules.labels.helm\\.sh/chart=other", "/monitoring/rules/labels"),
+        (
+            "adapters.manifest[0].name=a,adapters.manifest[0].source=b,adapters.manifest[0].weight=1.5",
+            "/adapters/manifest/0/weight",
+        ),
+        ("credentials.s3.key=a/b", "/credentials/s3/key"),
         ("replica=3", "additional properties 'replica' not allowed"),
         ("env.LORAX_PORT=1", "/env"),
         ("settings.port=1", "the chart sets this flag"),
         ("terminationGraceSeconds=70", "must be more than preStopSeconds"),
-        ("terminationGraceSeconds=90,settings.linger-seconds=80", r"settings.linger-seconds \(90\)"),
+        (
+            "terminationGraceSeconds=90,settings.linger-seconds=80",
+            r"settings.linger-seconds \(90\)",
+        ),
         ("monitoring.rules.enabled=true,fullnameOverride=models", "which models lacks"),
         ("state.kind=none,adapters.source=s3://a", "reads adapters where they are"),
         ("state.kind=existingClaim,state.existingClaim=a", "one server uses a state directory"),
@@ -334,6 +345,44 @@ def test_the_grace_period_is_beyond_the_longest_end() -> None:
         values = f"settings.linger-seconds={seconds}"
         text = helm.render(HELM, helm.CHART / "ci" / "minimal.yaml", "--set", values)
         assert pod_of(text)["terminationGracePeriodSeconds"] == grace
+
+
+TEXTS = {
+    *("name", "namespace", "kind", "image", "secretName", "claimName", "storageClassName", "key"),
+    *("runtimeClassName", "priorityClassName", "serviceAccountName", "path", "serverAddress"),
+}
+
+
+def not_texts(found: Any, path: str = "") -> list[str]:
+    """Where an object has something else than text in a place that takes nothing else."""
+    wrong = []
+    if isinstance(found, list):
+        for index, each in enumerate(found):
+            wrong += not_texts(each, f"{path}[{index}]")
+    elif isinstance(found, dict):
+        texts = path.endswith(("labels", "matchLabels", "annotations", ".data", ".spec.selector"))
+        for name, value in found.items():
+            here = f"{path}.{name}"
+            plain = not isinstance(value, (dict, list))
+            if not isinstance(name, str) or (
+                plain and (texts or name in TEXTS) and not isinstance(value, str)
+            ):
+                wrong.append(f"{here}: {value!r}")
+            wrong += not_texts(value, here)
+    return wrong
+
+
+@needs_helm
+@pytest.mark.parametrize("name", ["names", "everything", "keda", "monitoring"])
+def test_names_stay_texts(name: str) -> None:
+    """The schemas (make deploy-check) see the variants, but of one release's name."""
+    assert HELM is not None
+    values = helm.CHART / "ci" / f"{name}.yaml"
+    fullname = "lorax" if name == "monitoring" else "true"
+    more = ("--set-string", f"fullnameOverride={fullname}")
+    text = helm.render(HELM, values, *more, release="123", namespace="456")
+    for each in yaml.safe_load_all(text):
+        assert not_texts(each, each["kind"]) == []
 
 
 def test_the_chart_is_of_this_version() -> None:

@@ -1,6 +1,9 @@
 {{/* What values.schema.json cannot say: how values go together. */}}
 {{- define "lorax.checks" -}}
 {{- $v := .Values -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" (include "lorax.fullname" .)) -}}
+{{- fail (printf "%s names Services, and so must begin with a letter and have no dots: set fullnameOverride" (include "lorax.fullname" .)) -}}
+{{- end -}}
 {{- $end := include "lorax.endSeconds" . | int -}}
 {{- if and $v.terminationGraceSeconds (le (int $v.terminationGraceSeconds) (int $end)) -}}
 {{- fail (printf "terminationGraceSeconds (%d) must be more than preStopSeconds and the longer of drainSeconds and settings.linger-seconds (%d): running requests would be cut off" (int $v.terminationGraceSeconds) (int $end)) -}}
