@@ -155,6 +155,21 @@ def test_the_network_policy_lets_helm_test_in(renders: dict[str, str], name: str
 
 
 @needs_helm
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_server_has_its_identity(renders: dict[str, str], name: str) -> None:
+    own = pod_of(renders[name])["serviceAccountName"]
+    (test,) = objects(renders[name], "Pod")
+    others = [test["spec"]["serviceAccountName"]]
+    if "envoy" in deployments(renders[name]):
+        others.append(pod_of(renders[name], "envoy")["serviceAccountName"])
+    assert len({own, *others}) == 1 + len(others)
+    for each in others:
+        account = named(renders[name], "ServiceAccount", each)
+        assert "annotations" not in account["metadata"]
+        assert account["automountServiceAccountToken"] is False
+
+
+@needs_helm
 def test_autoscalers_wait_for_the_drain(renders: dict[str, str]) -> None:
     (scaler,) = objects(renders["everything"], "HorizontalPodAutoscaler")
     (scaled,) = objects(renders["keda"], "ScaledObject")
