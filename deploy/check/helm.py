@@ -32,13 +32,20 @@ def find() -> str | None:
     return str(unpacked) if unpacked.exists() else shutil.which("helm")
 
 
-def render(helm: str, values: Path, *more: str, chart: Path = CHART) -> str:
-    """The objects of the release ``lorax`` in the namespace ``serving``, as YAML.
+def render(
+    helm: str,
+    values: Path,
+    *more: str,
+    chart: Path = CHART,
+    release: str = "lorax",
+    namespace: str = "serving",
+) -> str:
+    """The objects of a release, as YAML.
 
     Raises:
         HelmFailed: the chart does not take these values.
     """
-    command = [helm, "template", "lorax", str(chart), "--namespace", "serving"]
+    command = [helm, "template", release, str(chart), "--namespace", namespace]
     done = subprocess.run(
         [*command, "--values", str(values), *more],
         capture_output=True,

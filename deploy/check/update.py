@@ -20,6 +20,7 @@ COPIES = {
     helm.CHART / "files" / "dashboard.json": _MONITORING / "grafana" / "lorax.json",
     helm.CHART / "files" / "envoy.yaml": _GATEWAY / "envoy.yaml",
     helm.CHART / "files" / "drain.sh": _GATEWAY / "drain.sh",
+    helm.CHART / "files" / "ready.sh": _GATEWAY / "ready.sh",
 }
 """Helm reads nothing outside a chart, so it has copies of what is elsewhere."""
 

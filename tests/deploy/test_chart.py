@@ -19,6 +19,7 @@ from lorax_serve.config import EngineConfig, ServerConfig
 from lorax_serve.server.app import SERVICES
 
 HELM = helm.find()
+READY = DRAIN.with_name("ready.sh")
 needs_helm = pytest.mark.skipif(HELM is None, reason="there is no helm: make deploy-tools")
 NAMES = [values.stem for values in helm.VARIANTS]
 
@@ -156,12 +157,24 @@ def test_the_network_policy_lets_helm_test_in(renders: dict[str, str], name: str
 @needs_helm
 def test_new_pods_are_known_before_old_ones_go(renders: dict[str, str]) -> None:
     for name in NAMES:
-        for each in deployments(renders[name]).values():
+        for spec in (each["spec"] for each in deployments(renders[name]).values()):
             # Name servers of clusters keep answers for 30 seconds.
-            assert each["spec"]["minReadySeconds"] >= 30
-            assert (
-                each["spec"].get("progressDeadlineSeconds", 600) > each["spec"]["minReadySeconds"]
-            )
+            assert spec.get("progressDeadlineSeconds", 600) > spec["minReadySeconds"] >= 30
+
+
+@needs_helm
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_server_has_its_identity(renders: dict[str, str], name: str) -> None:
+    own = pod_of(renders[name])["serviceAccountName"]
+    (test,) = objects(renders[name], "Pod")
+    others = [test["spec"]["serviceAccountName"]]
+    if "envoy" in deployments(renders[name]):
+        others.append(pod_of(renders[name], "envoy")["serviceAccountName"])
+    assert len({own, *others}) == 1 + len(others)
+    for each in others:
+        account = named(renders[name], "ServiceAccount", each)
+        assert "annotations" not in account["metadata"]
+        assert account["automountServiceAccountToken"] is False
 
 
 @needs_helm
@@ -234,6 +247,10 @@ def test_tls_is_all_that_differs_from_the_tested_gateway(renders: dict[str, str]
         used |= {file["filename"] for file in content.values()}
     assert used == mounted
 
+    (program, script) = container["readinessProbe"]["exec"]["command"]
+    assert (program, Path(script).parent) == ("bash", Path(mounts["config"]))
+    assert lines(files[Path(script).name]) == lines(READY.read_text())
+
     for name, protocol in (("gateway", "kubernetes.io/h2c"), ("gateway-tls", "tls")):
         (port,) = services_of(renders[name])["lorax-lorax-serve-gateway"]["ports"]
         assert port["appProtocol"] == protocol
@@ -282,13 +299,43 @@ def test_a_manifest_in_a_bucket_is_no_file_of_the_pod(renders: dict[str, str]) -
 
 @needs_helm
 @pytest.mark.parametrize(
+    "values",
+    [
+        "service.type=NodePort,networkPolicy.clients[0].ipBlock.cidr=10.0.0.0/8",
+        "service.type=NodePort,networkPolicy.enabled=false",
+        "service.type=NodePort,gateway.enabled=true",
+    ],
+)
+def test_a_service_for_outside_is_taken_with_who_may_call(values: str) -> None:
+    assert HELM is not None
+    text = helm.render(HELM, helm.CHART / "ci" / "minimal.yaml", "--set", values)
+    assert "NodePort" in {each["type"] for each in services_of(text).values() if "type" in each}
+
+
+@needs_helm
+@pytest.mark.parametrize(
     ("values", "message"),
     [
+        ("service.type=LoadBalancer", "ipBlock in networkPolicy.clients"),
+        ("gateway.enabled=true,gateway.service.type=NodePort", "gateway.service.type NodePort"),
         ("image.tag=latest", "/image/tag"),
+        ("fullnameOverride=1a", "must begin with a letter"),
+        ("podLabels.app\\.kubernetes\\.io/name=other", "/podLabels"),
+        ("monitoring.rules.labels.helm\\.sh/chart=other", "/monitoring/rules/labels"),
+        (
+            "adapters.manifest[0].name=a,adapters.manifest[0].source=b,adapters.manifest[0].weight=1.5",
+            "/adapters/manifest/0/weight",
+        ),
+        ("credentials.s3.key=a/b", "/credentials/s3/key"),
         ("replica=3", "additional properties 'replica' not allowed"),
         ("env.LORAX_PORT=1", "/env"),
         ("settings.port=1", "the chart sets this flag"),
         ("terminationGraceSeconds=70", "must be more than preStopSeconds"),
+        (
+            "terminationGraceSeconds=90,settings.linger-seconds=80",
+            r"settings.linger-seconds \(90\)",
+        ),
+        ("monitoring.rules.enabled=true,fullnameOverride=models", "which models lacks"),
         ("state.kind=none,adapters.source=s3://a", "reads adapters where they are"),
         ("state.kind=existingClaim,state.existingClaim=a", "one server uses a state directory"),
         ("adapters.source=s3://a,adapters.existingClaim=b", "excludes"),
@@ -312,6 +359,53 @@ def test_what_does_not_go_together_is_refused(values: str, message: str) -> None
     assert HELM is not None
     with pytest.raises(helm.HelmFailed, match=message):
         helm.render(HELM, helm.CHART / "ci" / "minimal.yaml", "--set", values)
+
+
+@needs_helm
+def test_the_grace_period_is_beyond_the_longest_end() -> None:
+    assert HELM is not None
+    for seconds, grace in (("2", 85), ("80.5", 106)):
+        values = f"settings.linger-seconds={seconds}"
+        text = helm.render(HELM, helm.CHART / "ci" / "minimal.yaml", "--set", values)
+        assert pod_of(text)["terminationGracePeriodSeconds"] == grace
+
+
+TEXTS = {
+    *("name", "namespace", "kind", "image", "secretName", "claimName", "storageClassName", "key"),
+    *("runtimeClassName", "priorityClassName", "serviceAccountName", "path", "serverAddress"),
+}
+
+
+def not_texts(found: Any, path: str = "") -> list[str]:
+    """Where an object has something else than text in a place that takes nothing else."""
+    wrong = []
+    if isinstance(found, list):
+        for index, each in enumerate(found):
+            wrong += not_texts(each, f"{path}[{index}]")
+    elif isinstance(found, dict):
+        texts = path.endswith(("labels", "matchLabels", "annotations", ".data", ".spec.selector"))
+        for name, value in found.items():
+            here = f"{path}.{name}"
+            plain = not isinstance(value, (dict, list))
+            if not isinstance(name, str) or (
+                plain and (texts or name in TEXTS) and not isinstance(value, str)
+            ):
+                wrong.append(f"{here}: {value!r}")
+            wrong += not_texts(value, here)
+    return wrong
+
+
+@needs_helm
+@pytest.mark.parametrize("name", ["names", "everything", "keda", "monitoring"])
+def test_names_stay_texts(name: str) -> None:
+    """The schemas (make deploy-check) see the variants, but of one release's name."""
+    assert HELM is not None
+    values = helm.CHART / "ci" / f"{name}.yaml"
+    fullname = "lorax" if name == "monitoring" else "true"
+    more = ("--set-string", f"fullnameOverride={fullname}")
+    text = helm.render(HELM, values, *more, release="123", namespace="456")
+    for each in yaml.safe_load_all(text):
+        assert not_texts(each, each["kind"]) == []
 
 
 def test_the_chart_is_of_this_version() -> None:

@@ -34,6 +34,8 @@ TIMES = 60
 # A series in an expression, with its labels: what an alert compares must be there, while whether it
 # fires is another matter.
 SERIES = re.compile(r"\b(?:lorax[:_]|process_)[\w:]+(?:\{[^}]*\})?|\bup\{[^}]*\}")
+# tests/cluster asks an Envoy for its metrics.
+OF_GATEWAYS = re.compile(r'\benvoy_|job="gateway"')
 VARIABLES = {"$job": ".*", "$instance": ".*", "$__rate_interval": "1m"}
 
 
@@ -85,12 +87,13 @@ async def test_every_query_finds_what_it_asks_for(
 
 
 def must_have_data() -> list[str]:
-    """All of them: none has an excuse under this load."""
+    """All of them but those about gateways: none has an excuse under this load."""
     queries = [query for panel in SHOWN.values() for query in panel]
     queries += RECORDS
     queries += documented(ROOT / "docs/runbooks.md") + documented(MONITORING / "README.md")
     queries += [each for alert in ALERTS.values() for each in SERIES.findall(alert["expr"])]
     queries += [each["query"]["query"] for each in DASHBOARD["templating"]["list"][1:]]
+    queries = [query for query in queries if not OF_GATEWAYS.search(query)]
     for variable, value in VARIABLES.items():
         queries = [query.replace(variable, value) for query in queries]
     # Grafana's own function, for which it asks for the series.

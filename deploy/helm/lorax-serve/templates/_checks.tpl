@@ -1,9 +1,12 @@
 {{/* What values.schema.json cannot say: how values go together. */}}
 {{- define "lorax.checks" -}}
 {{- $v := .Values -}}
-{{- $end := add $v.preStopSeconds $v.drainSeconds -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" (include "lorax.fullname" .)) -}}
+{{- fail (printf "%s names Services, and so must begin with a letter and have no dots: set fullnameOverride" (include "lorax.fullname" .)) -}}
+{{- end -}}
+{{- $end := include "lorax.endSeconds" . | int -}}
 {{- if and $v.terminationGraceSeconds (le (int $v.terminationGraceSeconds) (int $end)) -}}
-{{- fail (printf "terminationGraceSeconds (%d) must be more than preStopSeconds + drainSeconds (%d): running requests would be cut off" (int $v.terminationGraceSeconds) (int $end)) -}}
+{{- fail (printf "terminationGraceSeconds (%d) must be more than preStopSeconds and the longer of drainSeconds and settings.linger-seconds (%d): running requests would be cut off" (int $v.terminationGraceSeconds) (int $end)) -}}
 {{- end -}}
 {{- if and $v.adapters.manifest $v.adapters.manifestUri -}}
 {{- fail "adapters.manifest and adapters.manifestUri exclude each other: one list says what is served" -}}
@@ -27,8 +30,20 @@
 {{- fail "state.kind existingClaim: one server uses a state directory at a time; set replicas: 1 and autoscaling.kind: none" -}}
 {{- end -}}
 {{- end -}}
+{{- if and $v.monitoring.rules.enabled (not (contains "lorax" (include "lorax.fullname" .))) -}}
+{{- fail (printf "monitoring.rules find replicas by lorax in the name of the headless Service, which %s lacks: change fullnameOverride, or leave monitoring.rules.enabled false" (include "lorax.fullname" .)) -}}
+{{- end -}}
 {{- if and $v.gateway.tls.requireClientCertificates (not $v.gateway.tls.secret) -}}
 {{- fail "gateway.tls.requireClientCertificates needs gateway.tls.secret: the roots that sign them are its ca.crt" -}}
+{{- end -}}
+{{- $front := ternary "gateway.service" "service" $v.gateway.enabled -}}
+{{- $service := ternary $v.gateway.service $v.service $v.gateway.enabled -}}
+{{- if and $v.networkPolicy.enabled (ne $service.type "ClusterIP") -}}
+{{- $blocks := false -}}
+{{- range $v.networkPolicy.clients -}}{{- if hasKey . "ipBlock" -}}{{- $blocks = true -}}{{- end -}}{{- end -}}
+{{- if not $blocks -}}
+{{- fail (printf "%s.type %s: calls come from addresses of nodes or of outside, which no selector matches: let them in by an ipBlock in networkPolicy.clients" $front $service.type) -}}
+{{- end -}}
 {{- end -}}
 {{- if ne $v.autoscaling.kind "none" -}}
 {{- if lt (int $v.autoscaling.scaleDownSeconds) (int $v.drainSeconds) -}}
@@ -41,4 +56,10 @@
 {{- fail "autoscaling.kind keda: say in autoscaling.prometheus where Prometheus is" -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+
+{{/* From the end of a pod's service until the server exits by itself: it closes its port when running
+requests are done or cut off, and has lingered. */}}
+{{- define "lorax.endSeconds" -}}
+{{- add .Values.preStopSeconds (max (int .Values.drainSeconds) (int (ceil (float64 (index .Values.settings "linger-seconds" | default 0))))) -}}
 {{- end -}}

@@ -14,14 +14,14 @@
 
 {{/* What finds the pods; it can never change in a release. */}}
 {{- define "lorax.selector" -}}
-app.kubernetes.io/name: {{ include "lorax.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "lorax.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{/* The pod of helm test, which no Service and no policy of the server's may take for one of its own. */}}
 {{- define "lorax.testSelector" -}}
 app.kubernetes.io/name: {{ include "lorax.name" . }}-test
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "lorax.labels" -}}
@@ -32,7 +32,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{/* The gateway's pods have a name of their own, so that nothing takes them for replicas. */}}
 {{- define "lorax.gateway.selector" -}}
 app.kubernetes.io/name: {{ include "lorax.name" . }}-gateway
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "lorax.gateway.labels" -}}
@@ -49,8 +49,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 
 {{/* The beginning of every object's metadata. */}}
 {{- define "lorax.metadata" -}}
-name: {{ include "lorax.fullname" . }}
-namespace: {{ .Release.Namespace }}
+name: {{ include "lorax.fullname" . | quote }}
+namespace: {{ .Release.Namespace | quote }}
 labels:
   {{- include "lorax.labels" . | nindent 2 }}
 {{- end -}}

@@ -4,7 +4,7 @@
 {{- with $v.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- with $v.nodeSelector }}
@@ -18,7 +18,7 @@ affinity:
 {{- if or $v.tolerations $v.gpu.count }}
 tolerations:
   {{- if $v.gpu.count }}
-  - key: {{ $v.gpu.resource }}
+  - key: {{ $v.gpu.resource | quote }}
     operator: Exists
     effect: NoSchedule
   {{- end }}
