@@ -175,6 +175,12 @@ def test_an_adapter_is_read_while_it_waits_for_a_place(
     running = [small.submit(version, new=50) for version in (6, 6, 6, 6)]
     small._pump(lambda: small.stats.running == 4)  # all places
     waiting = small.submit(1)
+    small._pump(lambda: small.stats.waiting == 1)
+    # It is being read by now. The other thread gets all the time that it needs for that.
+    deadline = time.monotonic() + 60
+    while small.inbox.empty():
+        assert time.monotonic() < deadline, "nothing is read"
+        time.sleep(0.001)
     small._pump(lambda: small.stats.adapters.reads == 1)
     assert not set(running) & set(small.ended)
     small.finish([*running, waiting])
