@@ -131,7 +131,7 @@ def _fields(path: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    flags = parser(__doc__, repeats=5)
+    flags = parser(__doc__, repeats=10)
     flags.add_argument(
         "--costs",
         type=Path,
